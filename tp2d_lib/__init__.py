@@ -1,0 +1,1 @@
+"""Small helpers behind the 2D-parallel (tensor x data) training notebooks."""

@@ -1,0 +1,57 @@
+"""The (dp, tp) device mesh, and the only rank arithmetic in the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where one world rank stands in the mesh."""
+
+    rank: int
+    dp_rank: int
+    tp_rank: int
+
+
+def layout(dp_size: int, tp_size: int) -> torch.Tensor:
+    """World ranks as a (dp_size, tp_size) table: a row is one TP group.
+
+    Neighbouring ranks share a row, so that a TP group, which talks in every layer,
+    stays inside one node when ranks are numbered node by node.
+    """
+    return torch.arange(dp_size * tp_size).view(dp_size, tp_size)
+
+
+def coordinates(dp_size: int, tp_size: int) -> list[Coordinate]:
+    """The coordinate of every world rank, in rank order."""
+    table = layout(dp_size, tp_size)
+    return [
+        Coordinate(int(table[dp_rank, tp_rank]), dp_rank, tp_rank)
+        for dp_rank in range(dp_size)
+        for tp_rank in range(tp_size)
+    ]
+
+
+def build_mesh(
+    dp_size: int, tp_size: int, device_type: str | None = None
+) -> DeviceMesh:
+    """Build the two-dimensional mesh over an initialised process group.
+
+    Args:
+        dp_size: rows; each row sees different data.
+        tp_size: columns; the ranks of a row hold different parts of every layer.
+        device_type: "cuda" or "cpu"; the hardware of this machine by default.
+
+    Returns:
+        A mesh of shape (dp_size, tp_size) with the names ("dp", "tp").
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    mesh = init_device_mesh(
+        device_type, (dp_size, tp_size), mesh_dim_names=("dp", "tp")
+    )
+    assert torch.equal(mesh.mesh.cpu(), layout(dp_size, tp_size).to(mesh.mesh.dtype))
+    return mesh
