@@ -1,0 +1,101 @@
+"""Checkpoints through Ray Train: commit, verify, restore, read the history."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import ray.train
+import torch.distributed as dist
+
+STATE_FILE = "trainer_state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint on disk is not what was written."""
+
+
+def commit(engine, state: dict) -> None:
+    """Save the engine and the loop's state as one checkpoint; every rank calls.
+
+    Each rank writes its shards to a folder of its own. Ray merges the folders in the
+    run's storage and records the checkpoint after all ranks have arrived.
+
+    Args:
+        state: ``step``, ``position`` in the sample stream, ``history`` of log records.
+    """
+    with tempfile.TemporaryDirectory(prefix="tp2d-") as folder:
+        directory = Path(folder)
+        engine.save(directory)
+        if dist.get_rank() == 0:
+            (directory / STATE_FILE).write_text(json.dumps(state))
+        write_checksums(directory)
+        last = state["history"][-1] if state["history"] else {}
+        ray.train.report(
+            {**last, "step": state["step"]},
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
+        )
+
+
+def restore(engine) -> dict:
+    """Load the run's last checkpoint, if it has one; every rank calls.
+
+    Returns:
+        The state that was committed, or a state at step 0.
+
+    Raises:
+        CheckpointError: a file is missing or its content has changed.
+    """
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return {"step": 0, "position": 0, "history": []}
+    with checkpoint.as_directory() as folder:
+        directory = Path(folder)
+        verify(directory, part=dist.get_rank(), parts=dist.get_world_size())
+        dist.barrier()  # nobody unpickles before everybody's share is verified
+        engine.load(directory)
+        return json.loads((directory / STATE_FILE).read_text())
+
+
+def write_checksums(directory: Path) -> None:
+    """Record the SHA-256 of every file this rank wrote."""
+    sums = {
+        str(path.relative_to(directory)): digest(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    name = f"checksums-{dist.get_rank()}.json"
+    (directory / name).write_text(json.dumps(sums, indent=1))
+
+
+def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare files with their checksums; one of ``parts`` ranks takes its share."""
+    sums = {}
+    for path in directory.glob("checksums-*.json"):
+        sums.update(json.loads(path.read_text()))
+    if STATE_FILE not in sums:
+        raise CheckpointError(f"{directory} must hold {STATE_FILE}: it is not complete")
+    for name in sorted(sums)[part::parts]:
+        path = directory / name
+        if not path.is_file() or digest(path) != sums[name]:
+            raise CheckpointError(
+                f"{path} must have the content that was written, but is missing or "
+                f"changed; delete {directory} to resume from the checkpoint before it"
+            )
+
+
+def digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def history(result: ray.train.Result) -> list[dict]:
+    """The log records of a finished run, from its last checkpoint."""
+    with result.checkpoint.as_directory() as folder:
+        return json.loads((Path(folder) / STATE_FILE).read_text())["history"]

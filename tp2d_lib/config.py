@@ -1,0 +1,216 @@
+"""TrainConfig: everything a run needs, checked in the driver before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+from urllib.parse import urlparse
+
+
+class ConfigError(ValueError):
+    """A value the user can correct: names the field, the value and the rule."""
+
+
+def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries its help text and, where closed, its choices."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One frozen description of a training run.
+
+    Making one checks it: sizes and choices first, then the model's own
+    ``config.json`` (heads, longest sequence). What needs the rows themselves, such as
+    the text column, is checked by ``data.prepare``, also before any worker starts.
+
+    Raises:
+        ConfigError: one sentence with the field, the value, the rule and a way out.
+    """
+
+    model_name: str = setting(
+        "Qwen/Qwen2.5-0.5B", "model directory, or name on the Hugging Face Hub"
+    )
+    model_revision: str | None = setting(
+        None, "commit, tag or branch that pins a Hub model"
+    )
+    dataset_name: str = setting(
+        "Salesforce/wikitext", "dataset directory, or name on the Hub"
+    )
+    dataset_config: str | None = setting(
+        None, "configuration of a Hub dataset, such as wikitext-2-raw-v1"
+    )
+    dataset_percentage: float = setting(
+        100.0, "use the first p percent of the rows: train[:p%%]"
+    )
+    text_column: str = setting("text", "column that holds the text")
+    seq_length: int = setting(2048, "tokens in one row of a batch")
+    pack: bool = setting(
+        True, "cut joined documents into full rows; off: one padded row a document"
+    )
+    preprocessing_num_workers: int = setting(1, "processes that tokenise")
+    prepared_data: str | None = setting(
+        None, "folder of rows made by data.prepare; left out: prepared before the run"
+    )
+
+    tp_size: int = setting(1, "tensor-parallel size: ranks that share each layer")
+    dp_size: int = setting(1, "data-parallel size: groups that read different rows")
+    num_workers: int | None = setting(
+        None, "number of ranks; left out: tp_size * dp_size"
+    )
+
+    batch_size_per_gpu: int = setting(1, "rows in one micro-batch of a dp rank")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
+    num_epochs: int = setting(3, "passes over the data")
+    max_steps: int | None = setting(None, "stop after this many optimizer steps")
+    optimizer: str = setting("adamw", "optimizer", ("adamw", "sgd"))
+    learning_rate: float = setting(1e-5, "peak learning rate")
+    lr_scheduler_type: str = setting(
+        "cosine", "shape after the linear warm-up", ("cosine", "constant")
+    )
+    warmup_ratio: float = setting(0.03, "share of the steps that warms up, 0 to 1")
+    weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
+    max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
+    seed: int = setting(42, "seed of the data order and of every rank")
+    dtype: str = setting(
+        "auto",
+        "compute type; auto: bfloat16 where the hardware has it, else float32",
+        ("auto", "bfloat16", "float32"),
+    )
+    activation_checkpointing: bool = setting(
+        False, "recompute each layer in backward instead of storing its activations"
+    )
+
+    storage_path: str = setting(
+        "/mnt/cluster_storage", "where runs are kept; every node must see it"
+    )
+    cache_dir: str | None = setting(
+        None, "where tokenised rows are kept; left out: storage_path/data"
+    )
+    run_name: str | None = setting(None, "name of the run; left out: made from time")
+    checkpoint_every: int = setting(100, "steps between checkpoints; 0: only the last")
+    save_total_limit: int = setting(2, "checkpoints to keep")
+    max_failures: int = setting(3, "times a run restarts after losing a worker")
+    log_interval: int = setting(10, "steps between log lines")
+    export_to: str | None = setting(
+        None, "write the trained model here as plain Hugging Face safetensors"
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        check_values(self)
+        if self.num_workers is None:
+            object.__setattr__(self, "num_workers", self.tp_size * self.dp_size)
+        check_mesh(self)
+        if self.dataset_name == "wikitext":  # the Hub's old short name no longer loads
+            object.__setattr__(self, "dataset_name", "Salesforce/wikitext")
+        if self.dataset_name == "Salesforce/wikitext" and self.dataset_config is None:
+            object.__setattr__(self, "dataset_config", "wikitext-2-raw-v1")
+        from tp2d_lib import model  # deferred: importing transformers takes seconds
+
+        model.check_config(self)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows in one optimizer step, over all dp ranks and micro-batches."""
+        return self.dp_size * self.batch_size_per_gpu * self.gradient_accumulation_steps
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of the tokenised rows, seen by every node."""
+        return Path(self.cache_dir or os.path.join(self.storage_path, "data"))
+
+
+POSITIVE = (
+    "seq_length",
+    "preprocessing_num_workers",
+    "tp_size",
+    "dp_size",
+    "num_workers",
+    "batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "num_epochs",
+    "max_steps",
+    "learning_rate",
+    "max_grad_norm",
+    "save_total_limit",
+    "log_interval",
+)
+NOT_NEGATIVE = ("weight_decay", "checkpoint_every", "max_failures", "seed")
+
+
+def check_types(config: TrainConfig) -> None:
+    """Each value has its field's type; an int is accepted where a float is asked."""
+    hints = get_type_hints(TrainConfig)
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        allowed = getattr(hint, "__args__", (hint,))  # `int | None` -> (int, NoneType)
+        if float in allowed and type(value) is int:
+            value = float(value)
+            object.__setattr__(config, f.name, value)
+        if type(value) not in allowed:
+            names = " or ".join(
+                "None" if t is type(None) else t.__name__ for t in allowed
+            )
+            raise ConfigError(
+                f"{f.name}={value!r} must be {names}; its default is {f.default!r}"
+            )
+
+
+def check_values(config: TrainConfig) -> None:
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            default = TrainConfig.__dataclass_fields__[name].default or 1
+            raise ConfigError(f"{name}={value} must be positive; try {default}")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ConfigError(f"{name}={value} must not be negative; try 0")
+    if not 0 < config.dataset_percentage <= 100:
+        raise ConfigError(
+            f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
+            "most 100; try 100"
+        )
+    if not 0 <= config.warmup_ratio <= 1:
+        raise ConfigError(
+            f"warmup_ratio={config.warmup_ratio:g} must be from 0 to 1; try 0.03"
+        )
+    for f in fields(config):
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if choices and value not in choices:
+            raise ConfigError(
+                f"{f.name}={value!r} must be one of {', '.join(choices)}; "
+                f"try {closest(value, choices)}"
+            )
+
+
+def check_mesh(config: TrainConfig) -> None:
+    world_size = config.tp_size * config.dp_size
+    if config.num_workers != world_size:
+        raise ConfigError(
+            f"num_workers={config.num_workers} must equal tp_size * dp_size = "
+            f"{config.tp_size} * {config.dp_size}; try {world_size}"
+        )
+    if config.seq_length % config.tp_size:
+        fits = max(config.seq_length // config.tp_size, 1) * config.tp_size
+        raise ConfigError(
+            f"seq_length={config.seq_length} must be divisible by "
+            f"tp_size={config.tp_size}, because each tp rank keeps an equal share of "
+            f"the activations; try {fits}"
+        )
+    if urlparse(config.storage_path).scheme and config.cache_dir is None:
+        raise ConfigError(
+            f"cache_dir=None must name a folder every node sees when "
+            f"storage_path={config.storage_path!r} is remote, because tokenised rows "
+            "are memory-mapped; try cache_dir='/mnt/cluster_storage/data'"
+        )
+
+
+def closest(value: str, choices) -> str:
+    """The choice a typing mistake most likely meant."""
+    choices = list(choices)
+    return (difflib.get_close_matches(str(value), choices, n=1) or choices)[0]

@@ -1,0 +1,270 @@
+"""Rows of tokens: tokenised once per run, then read by dp rank in a resumable order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+
+IGNORED = -100  # label of a position that does not count, as in torch and transformers
+
+
+def prepare(config: TrainConfig) -> Path:
+    """Tokenise and cut the dataset into rows, or find the rows of an earlier run.
+
+    Runs in the driver, before any worker exists. When several processes ask at once,
+    one works and the others wait.
+
+    Returns:
+        A folder with ``input_ids.npy`` (rows, seq_length) int32 and ``lengths.npy``
+        (rows,) int32, the number of real tokens in each row.
+
+    Raises:
+        ConfigError: the dataset cannot be read, has no such column, or gives no row.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model_name, revision=config.model_revision
+    )
+    builder = load_builder(config)
+    directory = config.data_dir / fingerprint(config, tokenizer, builder)
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            work = Path(tempfile.mkdtemp(dir=config.data_dir, prefix=".rows-"))
+            try:
+                write_rows(config, tokenizer, builder, work)
+                os.chmod(work, 0o755)  # mkdtemp makes it private
+                os.rename(work, directory)  # whole or not at all
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return directory
+
+
+def load_builder(config: TrainConfig):
+    """The dataset's builder: it knows what the dataset is before reading a row."""
+    from datasets import load_dataset_builder
+
+    try:
+        return load_dataset_builder(config.dataset_name, config.dataset_config)
+    except (OSError, ValueError) as error:
+        where = config.dataset_name
+        if config.dataset_config:
+            where += f" ({config.dataset_config})"
+        raise ConfigError(
+            f"dataset_name={where!r} must be a folder with data files or a dataset the "
+            f"Hub knows; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def fingerprint(config: TrainConfig, tokenizer, builder) -> str:
+    """Name of the rows: the same for equal content, another for any change."""
+    parts = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "end": tokenizer.eos_token_id,
+        "dataset": [builder.dataset_name, builder.config_id, builder.hash],
+        "percentage": config.dataset_percentage,
+        "text_column": config.text_column,
+        "seq_length": config.seq_length,
+        "pack": config.pack,
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write_rows(config: TrainConfig, tokenizer, builder, directory: Path) -> None:
+    documents = tokenize(config, tokenizer, builder)
+    lengths = np.concatenate(
+        [batch["length"].to_numpy() for batch in arrow_batches(documents)]
+        or [np.zeros(0, int)]
+    )
+    if config.pack:
+        count = int(lengths.sum()) // config.seq_length
+        row_lengths = np.full(count, config.seq_length, np.int32)
+    else:  # a row of one token has nothing to predict
+        row_lengths = np.minimum(lengths, config.seq_length)
+        row_lengths = row_lengths[row_lengths > 1].astype(np.int32)
+        count = len(row_lengths)
+    if count == 0:
+        raise ConfigError(
+            f"dataset_percentage={config.dataset_percentage:g} of "
+            f"{config.dataset_name!r} must fill at least one row of "
+            f"seq_length={config.seq_length} but holds {int(lengths.sum())} tokens; "
+            "try dataset_percentage=100 or a shorter seq_length"
+        )
+    np.save(directory / "lengths.npy", row_lengths)
+    rows = np.lib.format.open_memmap(
+        directory / "input_ids.npy", "w+", np.int32, (count, config.seq_length)
+    )
+    fill = fill_packed if config.pack else fill_padded
+    fill(rows, documents, tokenizer)
+    rows.flush()
+
+
+def tokenize(config: TrainConfig, tokenizer, builder):
+    """One list of token ids a document, end token last; empty documents left out."""
+    from datasets import ReadInstruction
+
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model_name={config.model_name!r} must have a tokenizer with an end "
+            "token; set eos_token in its tokenizer_config.json"
+        )
+    builder.download_and_prepare()
+    part = ReadInstruction(
+        "train", to=config.dataset_percentage, unit="%", rounding="closest"
+    )
+    if config.dataset_percentage == 100:
+        part = "train"
+    try:
+        documents = builder.as_dataset(split=part)
+    except ValueError as error:
+        raise ConfigError(
+            f"dataset_name={config.dataset_name!r} must have a split named 'train'; it "
+            f"has {', '.join(builder.info.splits)}"
+        ) from error
+    if config.text_column not in documents.column_names:
+        raise ConfigError(
+            f"text_column={config.text_column!r} must be a column of "
+            f"{config.dataset_name!r}, which has {', '.join(documents.column_names)}; "
+            f"try {closest(config.text_column, documents.column_names)!r}"
+        )
+
+    def encode(batch):
+        texts = [text for text in batch[config.text_column] if text and text.strip()]
+        ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        ids = [[*document, tokenizer.eos_token_id] for document in ids]
+        return {"input_ids": ids, "length": [len(document) for document in ids]}
+
+    workers = config.preprocessing_num_workers
+    return documents.map(
+        encode,
+        batched=True,
+        remove_columns=documents.column_names,
+        num_proc=workers if workers > 1 else None,
+        load_from_cache_file=False,  # our own fingerprint decides
+    )
+
+
+def arrow_batches(documents):
+    return documents.with_format("arrow").iter(batch_size=1000)
+
+
+def fill_packed(rows: np.ndarray, documents, tokenizer) -> None:
+    flat, start = rows.reshape(-1), 0
+    for batch in arrow_batches(documents):
+        tokens = batch["input_ids"].combine_chunks().flatten().to_numpy()
+        tokens = tokens[: len(flat) - start]  # the last, unfinished row is left out
+        flat[start : start + len(tokens)] = tokens
+        start += len(tokens)
+
+
+def fill_padded(rows: np.ndarray, documents, tokenizer) -> None:
+    pad = tokenizer.pad_token_id
+    rows[:] = tokenizer.eos_token_id if pad is None else pad
+    index = 0
+    for document in documents.select_columns("input_ids"):
+        tokens = document["input_ids"][: rows.shape[1]]
+        if len(tokens) > 1:
+            rows[index, : len(tokens)] = tokens
+            index += 1
+
+
+class BatchLoader:
+    """The batches of one dp rank, a list of micro-batches for every optimizer step.
+
+    All epochs form one stream of samples whose order depends on ``(seed, epoch)`` only.
+    A step takes the next ``global_batch_size`` samples of the stream; each dp rank gets
+    its share. ``position``, the number of samples taken so far, is all there is to
+    save: the same position means the same next samples on every mesh.
+    """
+
+    def __init__(self, config: TrainConfig, directory: Path, dp_rank: int):
+        self.rows = np.load(directory / "input_ids.npy", mmap_mode="r")
+        self.lengths = np.load(directory / "lengths.npy")
+        self.config = config
+        self.dp_rank = dp_rank
+        self.position = 0
+        samples = config.num_epochs * len(self.rows)
+        if config.max_steps is not None:
+            samples = min(samples, config.max_steps * config.global_batch_size)
+        self.total_samples = samples
+        if self.steps_left == 0:
+            raise ConfigError(
+                f"num_epochs={config.num_epochs} of {len(self.rows)} rows must fill "
+                f"one global batch of {config.global_batch_size} rows; try "
+                f"num_epochs={-(-config.global_batch_size // len(self.rows))}"
+            )
+
+    @property
+    def steps_left(self) -> int:
+        """Whole optimizer steps from here to the end of the stream."""
+        return (self.total_samples - self.position) // self.config.global_batch_size
+
+    def sample_ids(self, start: int, count: int) -> np.ndarray:
+        """Row numbers of samples ``start .. start + count`` of the stream."""
+        size, ids = len(self.rows), []
+        for epoch in range(start // size, (start + count - 1) // size + 1):
+            order = epoch_order(size, self.config.seed, epoch)
+            first = max(start - epoch * size, 0)
+            ids.append(order[first : start + count - epoch * size])
+        return np.concatenate(ids)
+
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        config = self.config
+        while self.steps_left:
+            ids = self.sample_ids(self.position, config.global_batch_size)
+            self.position += len(ids)
+            shares = ids.reshape(
+                config.gradient_accumulation_steps,
+                config.dp_size,
+                config.batch_size_per_gpu,
+            )
+            yield [self.micro_batch(share) for share in shares[:, self.dp_rank]]
+
+    def micro_batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``labels``, each (batch, seq) int64; padding is -100."""
+        input_ids = torch.from_numpy(self.rows[ids].astype(np.int64))
+        padding = torch.arange(input_ids.shape[1]) >= torch.from_numpy(
+            self.lengths[ids]
+        ).unsqueeze(1)
+        return {
+            "input_ids": input_ids,
+            "labels": input_ids.masked_fill(padding, IGNORED),
+        }
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``size`` rows that depends on (seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
+    """The loader of this rank: rows follow ``dp_rank``, so a TP group reads the same.
+
+    Args:
+        config: ``prepared_data`` names the rows; left out, they are prepared here.
+        mesh: the (dp, tp) mesh.
+    """
+    directory = Path(config.prepared_data or prepare(config))
+    return BatchLoader(config, directory, mesh["dp"].get_local_rank())
+
+
+def valid_tokens(batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Number of predicted tokens in a list of micro-batches, as a 0-d int64 tensor.
+
+    Position t predicts token t + 1, so the first label of a row predicts nothing.
+    """
+    return sum((micro["labels"][:, 1:] != IGNORED).sum() for micro in batch)

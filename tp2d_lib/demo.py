@@ -1,0 +1,105 @@
+"""The offline default: a tiny Qwen2 model and a corpus every Python already has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+VOCAB_SIZE = 2048
+END_TOKEN = "<|endoftext|>"
+
+
+def write(directory: str | Path) -> tuple[str, str]:
+    """Write the demo model and the demo dataset; reuse them when they are there.
+
+    Both take the forms Hugging Face gives them, so ``from_pretrained`` and
+    ``load_dataset`` read them like any other: ``model/`` holds config, safetensors and
+    tokenizer (about 1M fp32 parameters, random), ``dataset/`` one JSON line a paragraph
+    of Python's own documentation.
+
+    Args:
+        directory: folder that every node sees.
+
+    Returns:
+        The paths of the model and of the dataset.
+    """
+    directory = Path(directory)
+    if not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".demo-"))
+        try:
+            texts = paragraphs()
+            write_dataset(work / "dataset", texts)
+            write_model(work / "model", texts)
+            os.chmod(work, 0o755)  # mkdtemp makes it private
+            os.rename(work, directory)  # whole or not at all
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            if not directory.exists():  # else another process was faster: use its copy
+                raise
+    return str(directory / "model"), str(directory / "dataset")
+
+
+def paragraphs() -> list[str]:
+    """The paragraphs of Python's language reference, from the standard library."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+def write_dataset(directory: Path, texts: list[str]) -> None:
+    directory.mkdir(parents=True)
+    with open(directory / "train.jsonl", "w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def write_model(directory: Path, texts: list[str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(texts),
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        model_max_length=1024,
+    )
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,  # grouped queries, and tp_size up to 4
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, trained in about a second."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

@@ -1,0 +1,198 @@
+"""The PyTorch engine: DTensor tensor parallelism inside FSDP2 data parallelism."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+
+from tp2d_lib import model as models
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import valid_tokens
+
+
+def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
+    """Cut every layer over the tp ranks, in place, and tie what was tied."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    parallelize_module(model, mesh, plan)
+    if tied:  # parallelize_module made two parameters of the one
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise models.PlanError(
+                f"the plan must cover every parameter, but leaves {name!r} off the tp "
+                "mesh; try tp_size=1"
+            )
+
+
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Cut every parameter once more over the dp ranks, gathered layer by layer."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
+    """Make a model two-dimensional: tensor parallel first, then fully sharded."""
+    if mesh["tp"].size() > 1:
+        apply_tp(model, mesh["tp"], models.tensor_parallel_plan(model))
+    apply_fsdp(model, mesh["dp"], dtype)
+    return model
+
+
+def build_engine(config: TrainConfig, mesh: DeviceMesh) -> FSDPEngine:
+    """Build the model empty, cut it, fill the pieces from safetensors.
+
+    No rank ever holds the whole model.
+    """
+    device = torch.device(
+        mesh.device_type,
+        torch.accelerator.current_device_index() if mesh.device_type != "cpu" else None,
+    )
+    dtype, _ = models.pick_dtype(config, mesh.device_type)
+    model = parallelize(models.build_empty_model(config), mesh, dtype)
+    model.to_empty(device=device)
+    models.rebuild_buffers(model, device)
+    models.load_pretrained(model, models.model_directory(config))
+    return FSDPEngine(model, build_optimizer(model, config), mesh, config, device)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    return kind(
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def global_grad_norm(model: nn.Module) -> torch.Tensor:
+    """The 2-norm of the whole gradient, a 0-d tensor equal on every rank.
+
+    Each rank squares the pieces it holds; a piece that n ranks hold counts 1 / n.
+    """
+    total = 0
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        copies = 1
+        for size, placement in zip(
+            gradient.device_mesh.shape, gradient.placements, strict=True
+        ):
+            copies *= size if placement.is_replicate() else 1
+        total += gradient.to_local().square().sum() / copies
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+class FSDPEngine:
+    """Five methods drive it: build_engine, step, save, load, export."""
+
+    def __init__(self, model, optimizer, mesh, config, device):
+        self.model, self.optimizer = model, optimizer
+        self.mesh, self.config, self.device = mesh, config, device
+        self.gradients_checked = False
+
+    def step(
+        self, batch: list[dict[str, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step.
+
+        Args:
+            batch: micro-batches of ``input_ids`` and ``labels``, each (batch, seq).
+
+        Returns:
+            The loss, a mean over the valid tokens of the global batch, and the gradient
+            norm before clipping; 0-d tensors, the same on every rank.
+        """
+        dp = self.mesh["dp"]
+        valid = valid_tokens(batch).to(self.device)
+        dist.all_reduce(valid, group=dp.get_group())
+        total = torch.zeros((), device=self.device)
+        for micro in batch:
+            total += self.backward(micro, valid) / dp.size()
+        dist.all_reduce(total, group=dp.get_group())
+        if not self.gradients_checked:
+            models.check_whole_gradients(
+                self.whole_gradients(), self.mesh.get_group("tp")
+            )
+            self.gradients_checked = True
+        grad_norm = global_grad_norm(self.model)
+        nn.utils.clip_grads_with_norm_(
+            self.model.parameters(), self.config.max_grad_norm, grad_norm
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm
+
+    def backward(self, micro: dict, valid: torch.Tensor) -> torch.Tensor:
+        """Add one micro-batch's gradient; returns its loss times dp_size."""
+        input_ids = micro["input_ids"].to(self.device, non_blocking=True)
+        labels = micro["labels"].to(self.device, non_blocking=True)
+        # Under sequence parallelism a rank sees seq / tp rows: say which positions.
+        position_ids = torch.arange(input_ids.shape[1], device=self.device)[None]
+        with (
+            loss_parallel() if self.mesh["tp"].size() > 1 else contextlib.nullcontext()
+        ):
+            loss = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                labels=labels,
+                use_cache=False,
+                num_items_in_batch=valid,
+            ).loss
+            loss = loss * self.mesh["dp"].size()  # FSDP averages over dp; we want sums
+            loss.backward()
+        loss = loss.detach()
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+    def whole_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of the parameters that are not cut over tp: the norms."""
+        return {
+            name: p.grad.to_local()
+            for name, p in self.model.named_parameters()
+            if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
+        }
+
+    def state_dict(self) -> dict:
+        return {
+            "model": models.own_state(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "rng": {f"rank{dist.get_rank()}": torch.get_rng_state()},
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write the shards of model, optimizer and RNG; every rank calls."""
+        dcp.save(self.state_dict(), checkpoint_id=str(directory))
+
+    def load(self, directory: str | Path) -> None:
+        """Read them back, on this mesh or another one; every rank calls."""
+        state = self.state_dict()
+        (rank, rng), *_ = state["rng"].items()
+        stored = dcp.FileSystemReader(str(directory)).read_metadata()
+        if f"rng.{rank}" not in stored.state_dict_metadata:  # a larger world than then
+            del state["rng"]
+        dcp.load(state, checkpoint_id=str(directory))  # the weights, in place
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        torch.set_rng_state(rng)
+
+    def export(self, directory: str | Path) -> None:
+        """Write plain safetensors, config and tokenizer; every rank calls.
+
+        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights keep the type
+        of the model they started from. Each rank writes its shards; rank 0 joins them.
+        """
+        models.export(self.model, self.config, Path(directory))

@@ -1,0 +1,133 @@
+"""Start Ray, prepare the data, run a training function on every worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import tp2d_lib
+from tp2d_lib import data, progress
+from tp2d_lib.config import ConfigError, TrainConfig
+
+WORKER_ENV = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # a rank that never reports
+}
+
+
+def connect() -> None:
+    """Join the running Ray cluster, or start one on this machine.
+
+    ``tp2d_lib`` travels to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
+    of your own beside a running one.
+    """
+    quiet()
+    if ray.is_initialized():
+        return
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)
+    options = {
+        "runtime_env": {
+            "py_modules": [tp2d_lib],
+            "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+        },
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+    }
+    if os.environ.get("RAY_ADDRESS") != "local":
+        try:
+            ray.init(address="auto", **options)
+            return
+        except ConnectionError:
+            pass  # no cluster is running
+    ray.init(address="local", **options)
+
+
+def quiet() -> None:
+    """Turn off progress bars of libraries that would fill the page."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
+    """Train: ``train_func(config)`` on ``config.num_workers`` Ray workers.
+
+    The data is prepared first, here. A run that loses a worker restarts from its last
+    checkpoint, ``max_failures`` times; a run started again under the same ``run_name``
+    and ``storage_path`` goes on where it stopped, also on another mesh.
+
+    Returns:
+        Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
+
+    Raises:
+        ConfigError: before any worker starts.
+        ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
+    """
+    connect()
+    use_gpu = check_resources(config)
+    config = resolve(config)
+    cpus = ray.cluster_resources().get("CPU", 1)
+    trainer = TorchTrainer(
+        lambda: train_func(config),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={
+                "CPU": min(1, cpus / config.num_workers),
+                **({"GPU": 1} if use_gpu else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.run_name,
+            storage_path=storage_uri(config.storage_path),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=config.save_total_limit
+            ),
+        ),
+    )
+    with progress.Watcher(config.run_name):
+        return trainer.fit()
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what is decided once per run: its name and its rows."""
+    return replace(
+        config,
+        run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
+        prepared_data=config.prepared_data or str(data.prepare(config)),
+    )
+
+
+def storage_uri(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def check_resources(config: TrainConfig) -> bool:
+    """Whether the run uses GPUs; an error when the cluster has some, but too few."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < config.num_workers:
+        raise ConfigError(
+            f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
+            f"GPUs; try tp_size and dp_size whose product is at most {gpus}"
+        )
+    for node in ray.nodes() if gpus else ():
+        here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
+        if here % config.tp_size:
+            print(
+                f"Note: node {node['NodeManagerHostname']} has {here} GPUs, not a "
+                f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
+                "where every layer waits for the network."
+            )
+    return gpus > 0
