@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 
 import ray
-import torch.distributed as dist
 
 
 @ray.remote(num_cpus=0)
@@ -30,6 +29,8 @@ def board_name(run_name: str | None) -> str:
 
 def publisher(run_name: str | None) -> Callable[[dict], None]:
     """A function that sends a record to the run's board; silent on other ranks."""
+    import torch.distributed as dist  # here, so that the board's process need not
+
     if dist.get_rank() != 0:
         return lambda record: None
     try:

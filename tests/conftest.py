@@ -1,0 +1,33 @@
+"""Shared by all tests: offline, quiet, one demo model, groups of ranks kept warm."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["RAY_ADDRESS"] = "local"  # a cluster of our own
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from tests.pool import Pool
+from tp2d_lib import demo
+
+
+@pytest.fixture(scope="session")
+def demo_paths(tmp_path_factory):
+    """The demo model and dataset, as (model_name, dataset_name)."""
+    return demo.write(tmp_path_factory.mktemp("demo") / "files")
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """``pools(n)``: n processes in one gloo group, started once for all tests."""
+    started = {}
+
+    def pool(world_size: int) -> Pool:
+        if world_size not in started:
+            started[world_size] = Pool(world_size)
+        return started[world_size]
+
+    yield pool
+    for each in started.values():
+        each.close()

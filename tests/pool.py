@@ -1,0 +1,60 @@
+"""Real ranks for tests: processes in one gloo group that run functions on request."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+
+def serve(rank: int, world_size: int, store: str, pipe) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    while (request := pipe.recv()) is not None:
+        function, args = request
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """``run(function, *args)`` calls it on every rank; answers come in rank order."""
+
+    def __init__(self, world_size: int):
+        self.folder = tempfile.TemporaryDirectory()
+        store = str(Path(self.folder.name) / "store")
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, world_size, store, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()  # so that a rank that dies is seen, not waited for
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args):
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [pipe.recv() for pipe in self.pipes]
+        for good, value in answers:
+            if not good:
+                raise RuntimeError(value)
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+        self.folder.cleanup()
