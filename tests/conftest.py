@@ -7,9 +7,12 @@ os.environ["RAY_ADDRESS"] = "local"  # a cluster of our own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import transformers
 
 from tests.pool import Pool
 from tp2d_lib import demo
+
+transformers.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -71,13 +71,10 @@ def build_engine(config: TrainConfig, mesh: DeviceMesh) -> FSDPEngine:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
-    return kind(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":  # DTensor has no fused SGD
+        return torch.optim.SGD(model.parameters(), **options)
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
 
 
 def global_grad_norm(model: nn.Module) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""Training in one process: plain transformers and torch, nothing of this project."""
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=0.01),
+}
+
+
+def train(model_dir: str, optimizer: str, steps: list, max_grad_norm: float):
+    """Losses, gradient norms and final weights.
+
+    ``steps`` holds, for each optimizer step, a list of micro-batches, each a pair
+    ``(input_ids, labels)`` of shape (rows, seq); the rows of all dp ranks are in it.
+    """
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    update = OPTIMIZERS[optimizer](model.parameters())
+    losses, norms = [], []
+    for micro_batches in steps:
+        valid = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
+        total = 0.0
+        for input_ids, labels in micro_batches:
+            logits = model(input_ids, attention_mask=(labels != -100).long()).logits
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+            )
+            (loss / valid).backward()
+            total += loss.item() / valid.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        update.step()
+        update.zero_grad()
+        losses.append(total)
+        norms.append(norm.item())
+    return losses, norms, {k: v.detach() for k, v in model.named_parameters()}

@@ -1,0 +1,125 @@
+"""Training on a mesh equals training in one process: losses, norms, every weight."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests import reference
+from tests.models import CONFIGS, VOCAB_SIZE, write_model
+
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
+STEPS, ROWS, SEQ, MAX_GRAD_NORM = 4, 4, 32, 0.5
+# (rows, accumulation, optimizer)
+VARIANTS = list(itertools.product(("packed", "padded"), (1, 2), ("adamw", "sgd")))
+
+
+def make_steps(rows: str, accumulation: int) -> list:
+    """The global batches of a run, the same in every process."""
+    generator = torch.Generator().manual_seed(7)
+    steps = []
+    for _ in range(STEPS):
+        step = []
+        for _ in range(accumulation):
+            input_ids = torch.randint(VOCAB_SIZE, (ROWS, SEQ), generator=generator)
+            labels = input_ids.clone()
+            if rows == "padded":  # 2, 31, 5, 20 real tokens: unequal across dp
+                for row, length in enumerate((2, 31, 5, 20)):
+                    labels[row, length:] = -100
+            step.append((input_ids, labels))
+        steps.append(step)
+    return steps
+
+
+def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
+    """Run by every rank: what reference.train returns, for each variant."""
+    from tp2d_lib.config import TrainConfig
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
+    share = ROWS // dp_size
+    mine = slice(share * mesh["dp"].get_local_rank(), None)
+    results = []
+    for rows, accumulation, optimizer in variants:
+        engine = build_engine(
+            TrainConfig(
+                model_name=model_dir,
+                tp_size=tp_size,
+                dp_size=dp_size,
+                seq_length=SEQ,
+                gradient_accumulation_steps=accumulation,
+                batch_size_per_gpu=share,
+                optimizer=optimizer,
+                learning_rate={"adamw": 1e-3, "sgd": 0.5}[optimizer],
+                max_grad_norm=MAX_GRAD_NORM,
+                activation_checkpointing=accumulation == 2,
+                storage_path=storage,
+            ),
+            mesh,
+        )
+        losses, norms = [], []
+        for step in make_steps(rows, accumulation):
+            loss, norm = engine.step(
+                [
+                    {"input_ids": i[mine][:share], "labels": t[mine][:share]}
+                    for i, t in step
+                ]
+            )
+            losses.append(float(loss))
+            norms.append(float(norm))
+        weights = {
+            name: weight.full_tensor().detach()
+            for name, weight in engine.model.named_parameters()
+        }
+        results.append((losses, norms, weights))
+    return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(name, folder) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def references(models):
+    return {
+        (name, *variant): reference.train(
+            path, variant[2], make_steps(*variant[:2]), MAX_GRAD_NORM
+        )
+        for name, path in models.items()
+        for variant in VARIANTS
+    }
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"tp{m[0]}-dp{m[1]}")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
+    tp_size, dp_size = mesh
+    answers = pools(tp_size * dp_size).run(
+        train_on_mesh, models[name], tp_size, dp_size, VARIANTS, str(tmp_path)
+    )
+    for variant, *ranks in zip(VARIANTS, *answers, strict=True):
+        expected = references[(name, *variant)]
+        for got in ranks:  # the same numbers on every rank
+            torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=0)
+        weights = ranks[0][2]
+        assert weights.keys() == expected[2].keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(
+                weight, expected[2][key], rtol=0, atol=1e-4, msg=f"{variant} {key}"
+            )
+
+
+def test_reference_clips_and_moves(references, models):
+    """The comparison means something: gradients are clipped and weights move far."""
+    from transformers import AutoModelForCausalLM
+
+    for (name, *_), (_, norms, weights) in references.items():
+        before = AutoModelForCausalLM.from_pretrained(models[name]).state_dict()
+        assert max(norms) > MAX_GRAD_NORM
+        for key, weight in weights.items():
+            moved = (weight - before[key]).abs().max()
+            assert moved > 10 * 1e-4, (name, key, moved)
