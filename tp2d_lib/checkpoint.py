@@ -10,6 +10,8 @@ from pathlib import Path
 import ray.train
 import torch.distributed as dist
 
+from tp2d_lib.config import TrainConfig
+
 STATE_FILE = "trainer_state.json"
 
 
@@ -40,8 +42,8 @@ def commit(engine, state: dict) -> None:
         )
 
 
-def restore(engine) -> dict:
-    """Load the run's last checkpoint, if it has one; every rank calls.
+def restore(engine, config: TrainConfig) -> dict:
+    """Load the run's last checkpoint, or the one it is to start from; all ranks call.
 
     Returns:
         The state that was committed, or a state at step 0.
@@ -50,6 +52,8 @@ def restore(engine) -> dict:
         CheckpointError: a file is missing or its content has changed.
     """
     checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and config.resume_from_checkpoint:
+        checkpoint = ray.train.Checkpoint(config.resume_from_checkpoint)
     if checkpoint is None:
         return {"step": 0, "position": 0, "history": []}
     with checkpoint.as_directory() as folder:

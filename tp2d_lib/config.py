@@ -91,6 +91,9 @@ class TrainConfig:
         None, "where tokenised rows are kept; left out: storage_path/data"
     )
     run_name: str | None = setting(None, "name of the run; left out: made from time")
+    resume_from_checkpoint: str | None = setting(
+        None, "checkpoint folder a new run starts from, written on any mesh"
+    )
     checkpoint_every: int = setting(100, "steps between checkpoints; 0: only the last")
     save_total_limit: int = setting(2, "checkpoints to keep")
     max_failures: int = setting(3, "times a run restarts after losing a worker")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,11 @@ from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from tp2d_lib import model as models
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.data import valid_tokens
+from tp2d_lib.data import build_dataloader, valid_tokens
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.model import PlanError, tensor_parallel_plan
+
+CPU = torch.device("cpu")
 
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
@@ -31,7 +37,7 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
-            raise models.PlanError(
+            raise PlanError(
                 f"the plan must cover every parameter, but leaves {name!r} off the tp "
                 "mesh; try tp_size=1"
             )
@@ -48,26 +54,9 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
     """Make a model two-dimensional: tensor parallel first, then fully sharded."""
     if mesh["tp"].size() > 1:
-        apply_tp(model, mesh["tp"], models.tensor_parallel_plan(model))
+        apply_tp(model, mesh["tp"], tensor_parallel_plan(model))
     apply_fsdp(model, mesh["dp"], dtype)
     return model
-
-
-def build_engine(config: TrainConfig, mesh: DeviceMesh) -> FSDPEngine:
-    """Build the model empty, cut it, fill the pieces from safetensors.
-
-    No rank ever holds the whole model.
-    """
-    device = torch.device(
-        mesh.device_type,
-        torch.accelerator.current_device_index() if mesh.device_type != "cpu" else None,
-    )
-    dtype, _ = models.pick_dtype(config, mesh.device_type)
-    model = parallelize(models.build_empty_model(config), mesh, dtype)
-    model.to_empty(device=device)
-    models.rebuild_buffers(model, device)
-    models.load_pretrained(model, models.model_directory(config))
-    return FSDPEngine(model, build_optimizer(model, config), mesh, config, device)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -95,66 +84,90 @@ def global_grad_norm(model: nn.Module) -> torch.Tensor:
     return total.sqrt()
 
 
-class FSDPEngine:
-    """Five methods drive it: build_engine, step, save, load, export."""
+def train_step(
+    engine: FSDPEngine, batch: list[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over the micro-batches of a global batch.
 
-    def __init__(self, model, optimizer, mesh, config, device):
+    Returns the loss, a mean over the valid tokens of the global batch, and the gradient
+    norm before clipping: 0-d tensors, the same on every rank.
+    """
+    dp = engine.mesh["dp"]
+    valid = valid_tokens(batch).to(engine.device)
+    dist.all_reduce(valid, group=dp.get_group())  # over the whole global batch
+    loss = sum(forward_backward(engine, micro, valid) for micro in batch)
+    dist.all_reduce(loss, group=dp.get_group())
+    engine.check_first_gradients()
+    grad_norm = global_grad_norm(engine.model)
+    nn.utils.clip_grads_with_norm_(
+        engine.model.parameters(), engine.config.max_grad_norm, grad_norm
+    )
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def forward_backward(
+    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """Add one micro-batch's gradient; returns this dp rank's share of the loss."""
+    input_ids = micro["input_ids"].to(engine.device, non_blocking=True)
+    labels = micro["labels"].to(engine.device, non_blocking=True)
+    # A tp rank sees seq / tp rows, so the positions must be said.
+    positions = torch.arange(input_ids.shape[1], device=engine.device)[None]
+    tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
+    with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
+        loss = engine.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            labels=labels,
+            use_cache=False,
+            num_items_in_batch=valid,
+        ).loss
+        (loss * dp_size).backward()  # FSDP averages over dp; the sum is wanted
+    loss = loss.detach()
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def build_engine(
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    parallelize: Callable = parallelize,
+    train_step: Callable = train_step,
+) -> FSDPEngine:
+    """Build the model empty, cut it, fill the pieces from safetensors.
+
+    No rank ever holds the whole model. A notebook brings its own ``parallelize`` and
+    ``train_step``; left out, they are this file's.
+    """
+    torch.manual_seed(config.seed + dist.get_rank())
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
+    dtype, _ = models.pick_dtype(config, mesh.device_type)
+    model = parallelize(models.build_empty_model(config), mesh, dtype)
+    model.to_empty(device=device)
+    models.rebuild_buffers(model, device)
+    models.load_pretrained(model, models.model_directory(config))
+    optimizer = build_optimizer(model, config)
+    return FSDPEngine(model, optimizer, mesh, config, device, train_step)
+
+
+class FSDPEngine:
+    """What the loop drives: step, save, load, export."""
+
+    def __init__(self, model, optimizer, mesh, config, device, train_step):
         self.model, self.optimizer = model, optimizer
         self.mesh, self.config, self.device = mesh, config, device
+        self.step = partial(train_step, self)
+        self.precision = models.pick_dtype(config, device.type)[1]
         self.gradients_checked = False
 
-    def step(
-        self, batch: list[dict[str, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step.
-
-        Args:
-            batch: micro-batches of ``input_ids`` and ``labels``, each (batch, seq).
-
-        Returns:
-            The loss, a mean over the valid tokens of the global batch, and the gradient
-            norm before clipping; 0-d tensors, the same on every rank.
-        """
-        dp = self.mesh["dp"]
-        valid = valid_tokens(batch).to(self.device)
-        dist.all_reduce(valid, group=dp.get_group())
-        total = torch.zeros((), device=self.device)
-        for micro in batch:
-            total += self.backward(micro, valid) / dp.size()
-        dist.all_reduce(total, group=dp.get_group())
+    def check_first_gradients(self) -> None:
+        """On the first step, compare whole gradients across the tp ranks."""
         if not self.gradients_checked:
-            models.check_whole_gradients(
-                self.whole_gradients(), self.mesh.get_group("tp")
-            )
+            group = self.mesh.get_group("tp")
+            models.check_whole_gradients(self.whole_gradients(), group)
             self.gradients_checked = True
-        grad_norm = global_grad_norm(self.model)
-        nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), self.config.max_grad_norm, grad_norm
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total, grad_norm
-
-    def backward(self, micro: dict, valid: torch.Tensor) -> torch.Tensor:
-        """Add one micro-batch's gradient; returns its loss times dp_size."""
-        input_ids = micro["input_ids"].to(self.device, non_blocking=True)
-        labels = micro["labels"].to(self.device, non_blocking=True)
-        # Under sequence parallelism a rank sees seq / tp rows: say which positions.
-        position_ids = torch.arange(input_ids.shape[1], device=self.device)[None]
-        with (
-            loss_parallel() if self.mesh["tp"].size() > 1 else contextlib.nullcontext()
-        ):
-            loss = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                labels=labels,
-                use_cache=False,
-                num_items_in_batch=valid,
-            ).loss
-            loss = loss * self.mesh["dp"].size()  # FSDP averages over dp; we want sums
-            loss.backward()
-        loss = loss.detach()
-        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def whole_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the parameters that are not cut over tp: the norms."""
@@ -193,3 +206,13 @@ class FSDPEngine:
         of the model they started from. Each rank writes its shards; rank 0 joins them.
         """
         models.export(self.model, self.config, Path(directory))
+
+
+def train_func(config: TrainConfig) -> None:
+    """What every worker runs."""
+    from tp2d_lib import loop  # here: the loop needs Ray, the engine does not
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    engine = build_engine(config, mesh, parallelize, train_step)
+    loader = build_dataloader(config, mesh)
+    loop.run(engine, loader, config)

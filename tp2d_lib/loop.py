@@ -12,10 +12,11 @@ from tp2d_lib.metrics import Metrics
 
 def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     """Train from the last checkpoint, or from the start, to the end of the data."""
-    state = checkpoint.restore(engine)
+    state = checkpoint.restore(engine, config)
     loader.position = state["position"]
     start, total = state["step"], state["step"] + loader.steps_left
     publish = progress.publisher(config.run_name)
+    publish({"notice": engine.precision})
     publish({"start": start, "total": total})
     metrics = Metrics(engine, config, start, state["history"], publish)
     for step, batch in enumerate(loader, start=start + 1):

@@ -1,0 +1,246 @@
+"""A bad setting is refused in one sentence: field, value, rule, a value that works."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tp2d_lib.config import NOT_NEGATIVE, POSITIVE, ConfigError, TrainConfig
+
+FIELDS = TrainConfig.__dataclass_fields__
+
+
+@pytest.fixture
+def make(demo_paths):
+    """``make(**settings)``: a config of the demo model."""
+    model, dataset = demo_paths
+    base = {"model_name": model, "dataset_name": dataset, "seq_length": 128}
+    return lambda **settings: TrainConfig(**{**base, **settings})
+
+
+def refuse(make, **settings) -> str:
+    """The sentence that refuses these settings."""
+    with pytest.raises(ConfigError) as caught:
+        make(**settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refuse_field(make, field: str, value, rule: str, **others) -> str:
+    message = refuse(make, **{field: value}, **others)
+    assert message.startswith(f"{field}={value!r}"), message
+    assert rule in message
+    return message
+
+
+def proposal(message: str):
+    """The value after "try": a number, a text, or a tuple of the sizes allowed."""
+    text = re.search(r"try (?:one of |\w+=)?(.*?)$", message)[1]
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize("field", POSITIVE)
+def test_size_not_positive(make, field, value):
+    message = refuse_field(make, field, value, "must be positive")
+    make(**{field: proposal(message)})
+
+
+@pytest.mark.parametrize("field", NOT_NEGATIVE)
+def test_negative(make, field):
+    message = refuse_field(make, field, -1, "must not be negative")
+    make(**{field: proposal(message)})
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "max_grad_norm"])
+def test_not_a_number(make, field):
+    message = refuse_field(make, field, float("nan"), "must")
+    make(**{field: proposal(message)})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("tp_size", "2", "int"),
+        ("tp_size", True, "int"),
+        ("tp_size", None, "int"),
+        ("dp_size", 2.0, "int"),
+        ("max_steps", 1.5, "int or None"),
+        ("num_workers", "4", "int or None"),
+        ("pack", 1, "bool"),
+        ("learning_rate", "1e-5", "float"),
+        ("dataset_percentage", True, "float"),
+        ("text_column", None, "str"),
+        ("cache_dir", Path("/data"), "str or None"),
+    ],
+)
+def test_wrong_type(make, field, value, kind):
+    message = refuse_field(make, field, value, f" must be {kind};")
+    assert message.endswith(f"its default is {FIELDS[field].default!r}")
+    make(**{field: FIELDS[field].default})
+
+
+def test_whole_number_is_a_float(make):
+    config = make(learning_rate=1, dataset_percentage=50)
+    assert isinstance(config.learning_rate, float)
+    assert isinstance(config.dataset_percentage, float)
+
+
+@pytest.mark.parametrize(
+    ("workers", "dp_size", "tp_size"), [(3, 1, 1), (4, 2, 1), (2, 2, 2), (16, 4, 2)]
+)
+def test_mesh_not_as_large_as_workers(make, workers, dp_size, tp_size):
+    sizes = {"dp_size": dp_size, "tp_size": tp_size}
+    message = refuse_field(
+        make,
+        "num_workers",
+        workers,
+        f"tp_size * dp_size = {tp_size} * {dp_size}",
+        **sizes,
+    )
+    assert make(num_workers=proposal(message), **sizes) == make(**sizes)
+
+
+@pytest.mark.parametrize("tp_size", [3, 8, 64])
+def test_tp_size_does_not_divide_heads(make, demo_paths, tp_size):
+    message = refuse_field(make, "tp_size", tp_size, "4 key-value heads")
+    assert "8 query heads" in message
+    assert demo_paths[0] in message
+    assert proposal(message) == (1, 2, 4)
+    for allowed in proposal(message):
+        make(tp_size=allowed)
+
+
+@pytest.mark.parametrize("value", [130, 127, 2])
+def test_seq_length_not_divisible(make, value):
+    message = refuse_field(
+        make, "seq_length", value, "divisible by tp_size=4", tp_size=4
+    )
+    make(seq_length=proposal(message), tp_size=4)
+
+
+@pytest.mark.parametrize(("value", "tp_size"), [(1025, 1), (4096, 2), (2050, 4)])
+def test_seq_length_longer_than_model(make, demo_paths, value, tp_size):
+    message = refuse_field(make, "seq_length", value, "at most 1024", tp_size=tp_size)
+    assert demo_paths[0] in message
+    make(seq_length=proposal(message), tp_size=tp_size)
+
+
+def test_seq_length_longer_than_sliding_window(make, tmp_path):
+    from transformers import MistralConfig
+
+    MistralConfig(sliding_window=64).save_pretrained(tmp_path)
+    windowed = {"model_name": str(tmp_path), "tp_size": 2}
+    message = refuse_field(make, "seq_length", 128, "sliding window", **windowed)
+    make(seq_length=proposal(message), **windowed)
+    make(model_name=str(tmp_path))  # whole sequences on every rank: the mask is right
+
+
+def test_seq_length_with_nothing_to_predict(make):
+    message = refuse_field(make, "seq_length", 1, "must")
+    make(seq_length=proposal(message))
+
+
+@pytest.mark.parametrize("value", [0, 101, -5, float("nan"), float("inf")])
+def test_dataset_percentage(make, value):
+    message = refuse_field(make, "dataset_percentage", value, "above 0 and at most 100")
+    make(dataset_percentage=proposal(message))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_warmup_ratio(make, value):
+    message = refuse_field(make, "warmup_ratio", value, "from 0 to 1")
+    make(warmup_ratio=proposal(message))
+
+
+@pytest.mark.parametrize("edge", [0, 1])
+def test_warmup_ratio_at_its_edges(make, edge):
+    make(warmup_ratio=edge)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "meant"),
+    [
+        ("optimizer", "adam", "adamw"),
+        ("optimizer", "sgdd", "sgd"),
+        ("optimizer", "SGD", "sgd"),
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("lr_scheduler_type", "constnat", "constant"),
+        ("dtype", "bf16", "bfloat16"),
+        ("dtype", "flaot32", "float32"),
+        ("dtype", "", "auto"),
+    ],
+)
+def test_unknown_choice(make, field, value, meant):
+    rule = f"one of {', '.join(FIELDS[field].metadata['choices'])}"
+    message = refuse_field(make, field, value, rule)
+    assert proposal(message) == meant
+    make(**{field: meant})
+
+
+def test_model_directory_without_config(make, tmp_path):
+    message = refuse_field(make, "model_name", str(tmp_path), "no config.json")
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["{broken", "{}", json.dumps({"model_type": "mamba"})], ids=repr
+)
+def test_model_that_cannot_be_used(make, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    refuse_field(make, "model_name", str(tmp_path), "must")
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "/no/such/directory", ""])
+def test_model_that_does_not_exist(make, name):
+    message = refuse_field(make, "model_name", name, "a model the Hub knows")
+    assert "try 'Qwen/Qwen2.5-0.5B'" in message
+
+
+def test_remote_storage_needs_a_cache_dir(make):
+    remote = {"storage_path": "s3://bucket/runs"}
+    message = refuse_field(make, "cache_dir", None, "every node sees", **remote)
+    assert "storage_path='s3://bucket/runs'" in message
+    config = make(cache_dir=proposal(message), **remote)
+    assert str(config.data_dir) == proposal(message)
+
+
+def test_data_dir_is_under_local_storage(make):
+    assert make(storage_path="/runs").data_dir == Path("/runs/data")
+
+
+def test_frozen(make):
+    config = make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.tp_size = 2
+
+
+def test_num_workers_and_global_batch_are_filled_in(make):
+    config = make(
+        tp_size=2, dp_size=3, batch_size_per_gpu=5, gradient_accumulation_steps=7
+    )
+    assert config.num_workers == 6
+    assert config.global_batch_size == 3 * 5 * 7  # the tp ranks of a row share rows
+
+
+@pytest.mark.parametrize("name", ["wikitext", "Salesforce/wikitext"])
+def test_wikitext_has_a_configuration(make, name):
+    config = make(dataset_name=name)
+    assert config.dataset_name == "Salesforce/wikitext"
+    assert config.dataset_config == "wikitext-2-raw-v1"
+    other = make(dataset_name=name, dataset_config="wikitext-103-v1")
+    assert other.dataset_config == "wikitext-103-v1"
+
+
+def test_every_field_explains_itself():
+    for field in FIELDS.values():
+        assert field.metadata["help"].strip(), field.name
+        choices = field.metadata["choices"]
+        assert not choices or field.default in choices
