@@ -77,9 +77,7 @@ def write_checksums(directory: Path) -> None:
 
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
     """Compare files with their checksums; one of ``parts`` ranks takes its share."""
-    sums = {}
-    for path in directory.glob("checksums-*.json"):
-        sums.update(json.loads(path.read_text()))
+    sums = checksums(directory)
     if STATE_FILE not in sums:
         raise CheckpointError(f"{directory} must hold {STATE_FILE}: it is not complete")
     for name in sorted(sums)[part::parts]:
@@ -89,6 +87,14 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
                 f"{path} must have the content that was written, but is missing or "
                 f"changed; delete {directory} to resume from the checkpoint before it"
             )
+
+
+def checksums(directory: str | Path) -> dict[str, str]:
+    """The recorded SHA-256 of every file of a checkpoint, by name."""
+    sums: dict[str, str] = {}
+    for path in sorted(Path(directory).glob("checksums-*.json")):
+        sums.update(json.loads(path.read_text()))
+    return sums
 
 
 def digest(path: Path) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import ray
 import ray.train
@@ -29,6 +32,7 @@ def connect() -> None:
     of your own beside a running one.
     """
     quiet()
+    pickle_config_modules()
     if ray.is_initialized():
         return
     for name, value in WORKER_ENV.items():
@@ -57,6 +61,17 @@ def quiet() -> None:
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+
+
+def pickle_config_modules() -> None:
+    """Let notebook functions that say both ``dist`` and ``.config`` travel by value.
+
+    cloudpickle takes the pair for ``torch.distributed.config``, one of PyTorch's
+    configuration modules, which do not pickle; pickle them as what they are, imports.
+    """
+    for module in list(sys.modules.values()):
+        if type(module).__name__ == "ConfigModuleInstance":
+            copyreg.pickle(type(module), lambda m: (import_module, (m.__name__,)))
 
 
 def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):

@@ -26,9 +26,10 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
         loss, grad_norm = engine.step(batch)
         metrics.add(batch, loss, grad_norm)
         last = step == total
-        if last or step % config.log_interval == 0:
+        save = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
+        if save or step % config.log_interval == 0:  # no step is left unlogged
             metrics.log(step, rate, loader.position)
-        if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+        if save:
             state = {"step": step, "position": loader.position}
             checkpoint.commit(engine, {**state, "history": metrics.history})
     metrics.close()
