@@ -118,6 +118,15 @@ def test_tp_size_does_not_divide_heads(make, demo_paths, tp_size):
         make(tp_size=allowed)
 
 
+def test_tp_size_divides_both_kinds_of_heads(make, tmp_path):
+    from transformers import Qwen2Config
+
+    grouped = Qwen2Config(num_attention_heads=12, num_key_value_heads=6)
+    grouped.save_pretrained(tmp_path)
+    message = refuse_field(make, "tp_size", 4, "6 key-value", model_name=str(tmp_path))
+    assert proposal(message) == (1, 2, 3, 6)
+
+
 @pytest.mark.parametrize("value", [130, 127, 2])
 def test_seq_length_not_divisible(make, value):
     message = refuse_field(

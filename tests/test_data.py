@@ -206,16 +206,19 @@ def test_other_content_makes_other_rows(make, tmp_path):
 
 @pytest.mark.parametrize("part", ["end token", "merges"])
 def test_other_tokenizer_makes_other_rows(make, tmp_path, part):
-    config = make(dataset_name=write_texts(tmp_path / "texts", sentences(20)))
-    copy = shutil.copytree(config.model_name, tmp_path / "copy")
-    if part == "end token":
-        change_json(copy / "tokenizer_config.json", eos_token="!")
+    texts = write_texts(tmp_path / "texts", sentences(20))
+    one = shutil.copytree(make().model_name, tmp_path / "one")
+    change_json(one / "tokenizer_config.json", additional_special_tokens=["!"])
+    two = shutil.copytree(one, tmp_path / "two")
+    if part == "end token":  # a special token in both: only its role changes
+        change_json(two / "tokenizer_config.json", eos_token="!")
     else:
-        bpe = json.loads((copy / "tokenizer.json").read_text())["model"]
+        bpe = json.loads((two / "tokenizer.json").read_text())["model"]
         bpe["merges"] = bpe["merges"][:9]
-        change_json(copy / "tokenizer.json", model=bpe)
-    other = replace(config, model_name=str(copy))
-    assert read(data.prepare(config)) != read(data.prepare(other))
+        change_json(two / "tokenizer.json", model=bpe)
+    configs = [make(dataset_name=texts, model_name=str(each)) for each in (one, two)]
+    rows = [read(data.prepare(config)) for config in configs]
+    assert rows[0] != rows[1]
 
 
 def change_json(path: Path, **parts) -> None:
@@ -468,7 +471,8 @@ def test_resumes_on_another_mesh(load):
     ],
 )
 def test_number_of_steps(load, rows, epochs, max_steps, expected):
-    loader = load(rows, num_epochs=epochs, max_steps=max_steps, batch_size_per_gpu=4)
+    sizes = {"dp_size": 2, "batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    loader = load(rows, num_epochs=epochs, max_steps=max_steps, **sizes)
     assert loader.steps_left == expected
     assert len(list(loader)) == expected
 

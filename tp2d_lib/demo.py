@@ -70,9 +70,9 @@ def write_model(directory: Path, texts: list[str]) -> None:
     )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=192,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,  # grouped queries, and tp_size up to 4
         max_position_embeddings=1024,

@@ -1,0 +1,88 @@
+"""Execute the notebooks into build/, render them, print what each one proved.
+
+python scripts/run_notebooks.py [-p NAME VALUE] [NOTEBOOK ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter, MarkdownExporter
+from nbconvert.writers import FilesWriter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+
+
+def execute(notebook: Path, build: Path, parameters: dict) -> Path:
+    """Run one notebook with papermill; returns the executed copy."""
+    output = build / "notebooks" / notebook.name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook),
+        str(output),
+        parameters={"STORAGE_PATH": str(build / "runs"), **parameters},
+        cwd=str(notebook.parent),
+        config=Config({"KernelManager": {"transport": "ipc"}}),  # no open ports
+    )
+    return output
+
+
+def render(executed: Path, build: Path) -> list[Path]:
+    """Write HTML and Markdown beside the executed notebook, with every image."""
+    shutil.copytree(ROOT / "images", build / "images", dirs_exist_ok=True)
+    offline = {"mathjax_url": "", "require_js_url": ""}  # no formula, no widget
+    written = []
+    for exporter in (HTMLExporter(**offline), MarkdownExporter()):
+        body, resources = exporter.from_filename(str(executed))
+        writer = FilesWriter(build_directory=str(executed.parent))
+        written.append(Path(writer.write(body, resources, notebook_name=executed.stem)))
+    return written
+
+
+def summary(executed: Path) -> str:
+    """What the notebook's cell with the tag "summary" printed."""
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if "summary" in cell.metadata.get("tags", []):
+            return "".join(output.get("text", "") for output in cell.outputs)
+    return ""
+
+
+def value(text: str):
+    """A parameter from the command line: a Python literal, else a string."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="all by default")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+    parser.add_argument("--build", type=Path, default=BUILD, help="folder to write to")
+    arguments = parser.parse_args()
+    parameters = {name: value(text) for name, text in arguments.p}
+    build = arguments.build.resolve()
+    os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+    for notebook in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+        started = time.time()
+        executed = execute(notebook, build, parameters)
+        pages = render(executed, build)
+        print(f"\n{notebook.name}, executed in {time.time() - started:.0f} s\n")
+        print(summary(executed))
+        print("Look at:", *(f"\n  {page}" for page in [executed, *pages]), sep="")
+
+
+if __name__ == "__main__":
+    main()
