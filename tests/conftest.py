@@ -1,9 +1,12 @@
 """Shared by all tests: offline, quiet, one demo model, groups of ranks kept warm."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["RAY_ADDRESS"] = "local"  # a cluster of our own
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tp2d-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
@@ -34,3 +37,7 @@ def pools():
     yield pool
     for each in started.values():
         each.close()
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

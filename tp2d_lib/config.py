@@ -115,6 +115,7 @@ class TrainConfig:
         from tp2d_lib import model  # deferred: importing transformers takes seconds
 
         model.check_config(self)
+        check_sequence(self)
 
     @property
     def global_batch_size(self) -> int:
@@ -127,21 +128,21 @@ class TrainConfig:
         return Path(self.cache_dir or os.path.join(self.storage_path, "data"))
 
 
-POSITIVE = (
-    "seq_length",
-    "preprocessing_num_workers",
-    "tp_size",
-    "dp_size",
-    "num_workers",
-    "batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "num_epochs",
-    "max_steps",
-    "learning_rate",
-    "max_grad_norm",
-    "save_total_limit",
-    "log_interval",
-)
+POSITIVE = {  # field -> a value that works
+    "seq_length": 512,
+    "preprocessing_num_workers": 1,
+    "tp_size": 1,
+    "dp_size": 1,
+    "num_workers": 1,
+    "batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 1,
+    "max_steps": 100,
+    "learning_rate": 1e-5,
+    "max_grad_norm": 1.0,
+    "save_total_limit": 2,
+    "log_interval": 10,
+}
 NOT_NEGATIVE = ("weight_decay", "checkpoint_every", "max_failures", "seed")
 
 
@@ -167,12 +168,16 @@ def check_values(config: TrainConfig) -> None:
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not value > 0:
-            default = TrainConfig.__dataclass_fields__[name].default or 1
-            raise ConfigError(f"{name}={value} must be positive; try {default}")
+            raise ConfigError(f"{name}={value} must be positive; try {POSITIVE[name]}")
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
         if not value >= 0:
             raise ConfigError(f"{name}={value} must not be negative; try 0")
+    if config.seq_length < 2:
+        raise ConfigError(
+            "seq_length=1 must be at least 2, because each token predicts the next; "
+            "try 512"
+        )
     if not 0 < config.dataset_percentage <= 100:
         raise ConfigError(
             f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
@@ -198,13 +203,6 @@ def check_mesh(config: TrainConfig) -> None:
             f"num_workers={config.num_workers} must equal tp_size * dp_size = "
             f"{config.tp_size} * {config.dp_size}; try {world_size}"
         )
-    if config.seq_length % config.tp_size:
-        fits = max(config.seq_length // config.tp_size, 1) * config.tp_size
-        raise ConfigError(
-            f"seq_length={config.seq_length} must be divisible by "
-            f"tp_size={config.tp_size}, because each tp rank keeps an equal share of "
-            f"the activations; try {fits}"
-        )
     if urlparse(config.storage_path).scheme and config.cache_dir is None:
         raise ConfigError(
             f"cache_dir=None must name a folder every node sees when "
@@ -213,7 +211,18 @@ def check_mesh(config: TrainConfig) -> None:
         )
 
 
+def check_sequence(config: TrainConfig) -> None:
+    if config.seq_length % config.tp_size:
+        fits = max(config.seq_length // config.tp_size, 1) * config.tp_size
+        raise ConfigError(
+            f"seq_length={config.seq_length} must be divisible by "
+            f"tp_size={config.tp_size}, because each tp rank keeps an equal share of "
+            f"the activations; try {fits}"
+        )
+
+
 def closest(value: str, choices) -> str:
     """The choice a typing mistake most likely meant."""
-    choices = list(choices)
-    return (difflib.get_close_matches(str(value), choices, n=1) or choices)[0]
+    lowered = {choice.lower(): choice for choice in reversed(list(choices))}
+    matches = difflib.get_close_matches(str(value).lower(), lowered, n=1)
+    return lowered[matches[0]] if matches else next(iter(choices))

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.dataset import load_builder, load_tokenizer, tokenize
 
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
@@ -33,14 +34,12 @@ def prepare(config: TrainConfig) -> Path:
     Raises:
         ConfigError: the dataset cannot be read, has no such column, or gives no row.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name, revision=config.model_revision
-    )
+    if config.prepared_data:
+        return check_prepared(config)
+    tokenizer = load_tokenizer(config)
     builder = load_builder(config)
     directory = config.data_dir / fingerprint(config, tokenizer, builder)
-    config.data_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.data_dir)
     with FileLock(f"{directory}.lock"):
         if not directory.exists():
             work = Path(tempfile.mkdtemp(dir=config.data_dir, prefix=".rows-"))
@@ -53,19 +52,32 @@ def prepare(config: TrainConfig) -> Path:
     return directory
 
 
-def load_builder(config: TrainConfig):
-    """The dataset's builder: it knows what the dataset is before reading a row."""
-    from datasets import load_dataset_builder
-
+def check_prepared(config: TrainConfig) -> Path:
+    """The folder of rows the config names, if it holds rows of the right length."""
+    directory = Path(config.prepared_data)
     try:
-        return load_dataset_builder(config.dataset_name, config.dataset_config)
-    except (OSError, ValueError) as error:
-        where = config.dataset_name
-        if config.dataset_config:
-            where += f" ({config.dataset_config})"
+        length = np.load(directory / "input_ids.npy", mmap_mode="r").shape[1]
+    except OSError as error:
         raise ConfigError(
-            f"dataset_name={where!r} must be a folder with data files or a dataset the "
-            f"Hub knows; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+            f"prepared_data={config.prepared_data!r} must be a folder written by "
+            "data.prepare; try leaving it out"
+        ) from error
+    if length != config.seq_length:
+        raise ConfigError(
+            f"prepared_data={config.prepared_data!r} must hold rows of "
+            f"seq_length={config.seq_length}, but they have {length} tokens; "
+            f"try seq_length={length}"
+        )
+    return directory
+
+
+def make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir={str(directory)!r} must be a folder that can be written "
+            f"({error.strerror}); try cache_dir='/tmp/tp2d-data' on a single machine"
         ) from error
 
 
@@ -84,7 +96,8 @@ def fingerprint(config: TrainConfig, tokenizer, builder) -> str:
 
 
 def write_rows(config: TrainConfig, tokenizer, builder, directory: Path) -> None:
-    documents = tokenize(config, tokenizer, builder)
+    tokens_file = directory / "tokens.arrow"
+    documents = tokenize(config, tokenizer, builder, tokens_file)
     lengths = np.concatenate(
         [batch["length"].to_numpy() for batch in arrow_batches(documents)]
         or [np.zeros(0, int)]
@@ -110,51 +123,8 @@ def write_rows(config: TrainConfig, tokenizer, builder, directory: Path) -> None
     fill = fill_packed if config.pack else fill_padded
     fill(rows, documents, tokenizer)
     rows.flush()
-
-
-def tokenize(config: TrainConfig, tokenizer, builder):
-    """One list of token ids a document, end token last; empty documents left out."""
-    from datasets import ReadInstruction
-
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model_name={config.model_name!r} must have a tokenizer with an end "
-            "token; set eos_token in its tokenizer_config.json"
-        )
-    builder.download_and_prepare()
-    part = ReadInstruction(
-        "train", to=config.dataset_percentage, unit="%", rounding="closest"
-    )
-    if config.dataset_percentage == 100:
-        part = "train"
-    try:
-        documents = builder.as_dataset(split=part)
-    except ValueError as error:
-        raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must have a split named 'train'; it "
-            f"has {', '.join(builder.info.splits)}"
-        ) from error
-    if config.text_column not in documents.column_names:
-        raise ConfigError(
-            f"text_column={config.text_column!r} must be a column of "
-            f"{config.dataset_name!r}, which has {', '.join(documents.column_names)}; "
-            f"try {closest(config.text_column, documents.column_names)!r}"
-        )
-
-    def encode(batch):
-        texts = [text for text in batch[config.text_column] if text and text.strip()]
-        ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        ids = [[*document, tokenizer.eos_token_id] for document in ids]
-        return {"input_ids": ids, "length": [len(document) for document in ids]}
-
-    workers = config.preprocessing_num_workers
-    return documents.map(
-        encode,
-        batched=True,
-        remove_columns=documents.column_names,
-        num_proc=workers if workers > 1 else None,
-        load_from_cache_file=False,  # our own fingerprint decides
-    )
+    for leftover in directory.glob("tokens*.arrow"):  # one a process that tokenised
+        leftover.unlink()
 
 
 def arrow_batches(documents):
@@ -210,7 +180,8 @@ class BatchLoader:
     @property
     def steps_left(self) -> int:
         """Whole optimizer steps from here to the end of the stream."""
-        return (self.total_samples - self.position) // self.config.global_batch_size
+        left = max(self.total_samples - self.position, 0)
+        return left // self.config.global_batch_size
 
     def sample_ids(self, start: int, count: int) -> np.ndarray:
         """Row numbers of samples ``start .. start + count`` of the stream."""
@@ -258,8 +229,7 @@ def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
         config: ``prepared_data`` names the rows; left out, they are prepared here.
         mesh: the (dp, tp) mesh.
     """
-    directory = Path(config.prepared_data or prepare(config))
-    return BatchLoader(config, directory, mesh["dp"].get_local_rank())
+    return BatchLoader(config, prepare(config), mesh["dp"].get_local_rank())
 
 
 def valid_tokens(batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:

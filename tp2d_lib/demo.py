@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 VOCAB_SIZE = 2048
-END_TOKEN = "<|endoftext|>"
 
 
 def write(directory: str | Path) -> tuple[str, str]:
@@ -60,13 +59,10 @@ def write_dataset(directory: Path, texts: list[str]) -> None:
 
 def write_model(directory: Path, texts: list[str]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2Tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(texts),
-        eos_token=END_TOKEN,
-        pad_token=END_TOKEN,
-        model_max_length=1024,
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, VOCAB_SIZE, show_progress=False
     )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -86,20 +82,3 @@ def write_model(directory: Path, texts: list[str]) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def train_tokenizer(texts):
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, trained in about a second."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer

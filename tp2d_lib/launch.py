@@ -121,7 +121,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
-        prepared_data=config.prepared_data or str(data.prepare(config)),
+        prepared_data=str(data.prepare(config)),
     )
 
 

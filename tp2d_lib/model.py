@@ -58,7 +58,12 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
 def check_config(config: TrainConfig) -> None:
     """Check the sizes that the model decides: heads and the longest sequence."""
     hf = load_model_config(config)
-    query_heads = hf.num_attention_heads
+    query_heads = getattr(hf, "num_attention_heads", None)
+    if not query_heads or hf.is_encoder_decoder:
+        raise ConfigError(
+            f"model_name={config.model_name!r} must be a decoder with attention heads, "
+            f"not {hf.model_type!r}; try 'Qwen/Qwen2.5-0.5B'"
+        )
     heads = getattr(hf, "num_key_value_heads", None) or query_heads
     allowed = [n for n in range(1, heads + 1) if heads % n == query_heads % n == 0]
     if config.tp_size not in allowed:
