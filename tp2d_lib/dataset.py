@@ -58,7 +58,7 @@ def load_documents(config: TrainConfig, builder):
         ) from error
     if "train" not in builder.info.splits:
         raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must have a split named 'train', but "
+            f"dataset_name={config.dataset_name!r} must have a split 'train', but "
             f"it has {', '.join(builder.info.splits)}; try naming its file train.jsonl"
         )
     documents = builder.info.splits["train"].num_examples

@@ -24,7 +24,7 @@ from tp2d_lib import model as models
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.model import PlanError, tensor_parallel_plan
+from tp2d_lib.plan import PlanError, check_whole_gradients, tensor_parallel_plan
 
 CPU = torch.device("cpu")
 
@@ -166,7 +166,7 @@ class FSDPEngine:
         """On the first step, compare whole gradients across the tp ranks."""
         if not self.gradients_checked:
             group = self.mesh.get_group("tp")
-            models.check_whole_gradients(self.whole_gradients(), group)
+            check_whole_gradients(self.whole_gradients(), group)
             self.gradients_checked = True
 
     def whole_gradients(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,120 @@
+"""The tensor-parallel plan: where a model is cut, and proof that no cut was missed."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+
+class PlanError(ValueError):
+    """The tensor-parallel plan does not cover the model; names what is left."""
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict:
+    """Turn the model's published ``tp_plan`` into DTensor styles, sequence-parallel.
+
+    Between blocks each tp rank keeps seq / tp rows: the residual stream is ``Shard(1)``
+    of (batch, seq, hidden). A block gathers it, computes on its own heads or ffn
+    columns, and scatters the sum. Keys are module names, ``*`` for a layer number.
+
+    Raises:
+        PlanError: the model publishes no plan, or one with a style not known here.
+    """
+    published = dict(model.tp_plan or {})
+    if not any("layers" in name for name in published):
+        raise PlanError(
+            f"{type(model).__name__} must publish a tp_plan for its layers to be split "
+            "over tp ranks, but has none; try tp_size=1"
+        )
+    plan = {}
+    for name, module in model.named_modules():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        style = published.get(pattern)
+        if pattern in plan:
+            continue
+        if style is None and type(module).__name__.endswith("Norm"):
+            plan[pattern] = SequenceParallel(use_local_output=True)
+        elif style is not None:
+            plan[pattern] = dtensor_style(pattern, style, module)
+            if style == "colwise":
+                parent = pattern.rpartition(".")[0]
+                plan[parent] = gather_input(
+                    model.get_submodule(name.rpartition(".")[0])
+                )
+    return plan
+
+
+def dtensor_style(name: str, style: str, module: nn.Module):
+    """The DTensor style of one published style; a comment says what crosses tp."""
+    is_norm = type(module).__name__.endswith("Norm")
+    if style == "embedding_rowwise":  # vocabulary rows; partial sums -> own rows
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    if name == "lm_head" and style.startswith(
+        "colwise"
+    ):  # logits stay vocabulary shards
+        return ColwiseParallel(
+            input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
+        )
+    if style == "colwise":  # output features; nothing crosses
+        return ColwiseParallel()
+    if style == "rowwise":  # input features; partial sums -> own rows
+        return RowwiseParallel(output_layouts=Shard(1))
+    if style == "replicated_with_grad_allreduce" and is_norm:
+        # A norm on local heads (batch, seq, heads, head_dim): whole weight, partial
+        # gradient. Naming the head dimension makes DTensor sum it over tp.
+        return SequenceParallel(sequence_dim=2, use_local_output=True)
+    raise PlanError(
+        f"the style {style!r} of {name!r} must be one of embedding_rowwise, colwise, "
+        "rowwise, or replicated_with_grad_allreduce on a norm; try tp_size=1"
+    )
+
+
+def gather_input(block: nn.Module) -> PrepareModuleInput:
+    """All-gather a block's rows over tp: seq / tp -> seq.
+
+    Decoder layers call attention by keyword and the MLP by position.
+    """
+    if "attention_mask" in block.forward.__code__.co_varnames:
+        return PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        )
+    return PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+
+
+def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> None:
+    """Compare gradients that every tp rank holds whole; a difference stops the run.
+
+    A parameter used inside a sharded region gets a partial gradient. When nobody sums
+    it, the ranks drift apart silently; unequal gradients are the sign.
+
+    Args:
+        gradients: name -> this rank's gradient of a parameter not cut over tp.
+        group: the tp process group.
+    """
+    if not gradients:
+        return
+    flat = torch.cat([g.detach().float().flatten() for g in gradients.values()])
+    low, high = flat.clone(), flat.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    sizes = [g.numel() for g in gradients.values()]
+    for name, lowest, highest in zip(
+        gradients, low.split(sizes), high.split(sizes), strict=True
+    ):
+        apart = (highest - lowest).abs().max()
+        if apart > 1e-3 * torch.maximum(highest.abs(), lowest.abs()).max():
+            raise PlanError(
+                f"the gradient of {name!r} must be the same on every tp rank but "
+                f"differs by {apart:.3g}: the plan leaves it partial; try tp_size=1"
+            )
