@@ -29,6 +29,16 @@ from tp2d_lib.plan import PlanError, check_whole_gradients, tensor_parallel_plan
 CPU = torch.device("cpu")
 
 
+def check(config: TrainConfig) -> None:
+    """Find in the driver, on an empty model, what the workers could not cut.
+
+    Raises:
+        PlanError: the model's plan does not cover it.
+    """
+    if config.tp_size > 1:
+        tensor_parallel_plan(models.build_empty_model(config))
+
+
 def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
     """Cut every layer over the tp ranks, in place, and tie what was tied."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -57,9 +57,9 @@ def table(rows: Sequence[dict]) -> None:
 
 def show_source(function) -> None:
     """Show a function of the library as highlighted code."""
-    from IPython.display import Code, display
+    from IPython.display import Markdown, display
 
-    display(Code(inspect.getsource(function), language="python"))
+    display(Markdown(f"```python\n{inspect.getsource(function)}```"))
 
 
 def tree(directory: str | Path) -> list[dict]:

@@ -40,17 +40,20 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
     for name, module in model.named_modules():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         style = published.get(pattern)
-        if pattern in plan:
-            continue
         if style is None and type(module).__name__.endswith("Norm"):
             plan[pattern] = SequenceParallel(use_local_output=True)
         elif style is not None:
             plan[pattern] = dtensor_style(pattern, style, module)
             if style == "colwise":
-                parent = pattern.rpartition(".")[0]
-                plan[parent] = gather_input(
-                    model.get_submodule(name.rpartition(".")[0])
-                )
+                block = model.get_submodule(name.rpartition(".")[0])
+                plan[pattern.rpartition(".")[0]] = gather_input(block)
+    for name, _ in model.named_parameters():
+        module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
+        if isinstance(plan.get(module), PrepareModuleInput | None):
+            raise PlanError(
+                f"the plan must cover every parameter, but leaves {name!r} whole; "
+                "try tp_size=1"
+            )
     return plan
 
 
@@ -59,9 +62,7 @@ def dtensor_style(name: str, style: str, module: nn.Module):
     is_norm = type(module).__name__.endswith("Norm")
     if style == "embedding_rowwise":  # vocabulary rows; partial sums -> own rows
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-    if name == "lm_head" and style.startswith(
-        "colwise"
-    ):  # logits stay vocabulary shards
+    if name == "lm_head" and style.startswith("colwise"):  # logits stay cut
         return ColwiseParallel(
             input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
         )

@@ -15,7 +15,7 @@ PRESETS = {
     "demo": {
         "seq_length": 128,
         "batch_size_per_gpu": 4,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "max_steps": 40,
     },
     "qwen2.5-0.5b": {

@@ -1,0 +1,385 @@
+"""Speed and memory, side by side: python scripts/bench.py [--rounds N] [--only A,B]
+
+Everything runs on the CPU, offline, on the same cores. A round measures every row once,
+the next round in reverse order, and a ratio divides two values of one round: a machine
+that slows down slows both. Shown are the median and, in brackets, lowest and highest.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or huggingface_hub; the processes started here inherit.
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",  # transformers follows it
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
+
+import argparse
+import multiprocessing
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from tp2d_lib import data, demo
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.fsdp import build_engine
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.presets import build_config
+
+MESHES = ((2, 2), (4, 1), (1, 4))  # (dp_size, tp_size)
+ROWS = 8  # in a global batch
+BURST = 10  # steps timed as one
+COPIES = 15  # of the demo corpus, for data preparation
+STATUS = Path("/proc/self/status")
+AFFINITY = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+CORES = len(AFFINITY(0))
+
+
+def serve(rank: int, world_size: int, threads: int, store: str, pipe) -> None:
+    """One process: joins the group, then runs what it is sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+@contextmanager
+def processes(count: int, threads: int) -> Iterator[Callable]:
+    """Yields `run(function, *args)`: the answers of each process, in rank order."""
+    context = multiprocessing.get_context("spawn")
+    started, pipes = [], []
+
+    def run(function: Callable, *args) -> list:
+        for pipe in pipes:
+            pipe.send((function, args))
+        answers = {}
+        while len(answers) < count:  # an exception anywhere is raised here at once
+            for pipe in wait([pipe for pipe in pipes if pipe not in answers]):
+                good, answers[pipe] = pipe.recv()
+                if not good:
+                    raise RuntimeError(answers[pipe])
+        return [answers[pipe] for pipe in pipes]
+
+    with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as folder:
+        try:
+            for rank in range(count):
+                ours, theirs = context.Pipe()
+                args = (rank, count, threads, f"{folder}/store", theirs)
+                started.append(context.Process(target=serve, args=args, daemon=True))
+                started[-1].start()
+                theirs.close()  # so that a process that dies is seen, not waited for
+                pipes.append(ours)
+            yield run
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+
+
+def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
+    """Every round takes each measurement once, the next round in reverse order."""
+    values = {name: [] for name in measures}
+    for index in range(rounds):
+        for name in list(measures)[:: -1 if index % 2 else 1]:
+            values[name].append(measures[name]())
+    return values
+
+
+def report(text: str, unit: str, values: dict[str, list[float]]) -> None:
+    """Print a table; every row is also divided by the first one."""
+    first = next(iter(values))
+    print(f"\n{text}\n\n  {'':44}{unit:>24}{'x the first row':>20}")
+    for name, row in values.items():
+        ratios = [a / b for a, b in zip(row, values[first], strict=True)]
+        shown = "1" if name == first else spread(ratios)
+        print(f"  {name:44}{spread(row):>24}{shown:>20}", flush=True)
+
+
+def spread(row: list[float]) -> str:
+    digits = 0 if median(row) >= 100 else 1 if median(row) >= 10 else 2
+    middle, low, high = (f"{f(row):,.{digits}f}" for f in (median, min, max))
+    return f"{middle} ({low}-{high})"
+
+
+def bench_config(storage: str, dp_size: int, tp_size: int, **settings) -> TrainConfig:
+    """The demo with the same global batch on every mesh, and no end of data."""
+    settings |= {"dp_size": dp_size, "tp_size": tp_size, "num_epochs": 1000}
+    settings["batch_size_per_gpu"] = ROWS // dp_size
+    return build_config("demo", storage, max_steps=10_000, **settings)
+
+
+def burst(build: Callable, *args) -> tuple[float, int]:
+    """Seconds a few steps took in this process, and the real tokens in its rows."""
+    step, batches = build(*args)
+    dist.barrier()
+    start, real = time.perf_counter(), 0
+    for _ in range(BURST):
+        batch = next(batches)
+        step(batch)
+        real += sum(int((micro["labels"] != data.IGNORED).sum()) for micro in batch)
+    return time.perf_counter() - start, real
+
+
+@cache  # built by the first burst, used by all
+def mesh_training(storage: str, dp_size: int, tp_size: int, pack: bool = True):
+    config = bench_config(storage, dp_size, tp_size, pack=pack)
+    mesh = build_mesh(dp_size, tp_size)
+    return build_engine(config, mesh).step, iter(data.build_dataloader(config, mesh))
+
+
+@cache
+def plain_training(storage: str):
+    """What one writes without this project, with the same rows and settings."""
+    config = bench_config(storage, dp_size=1, tp_size=1)
+    loader = data.BatchLoader(config, data.prepare(config), dp_rank=0)
+    model = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+    def step(batch: list[dict[str, torch.Tensor]]) -> None:
+        model(**batch[0], use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, iter(loader)
+
+
+def compare_steps(rounds: int, storage: str) -> None:
+    def step_time(run: Callable, build: Callable, *args) -> float:
+        return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
+
+    with processes(4, threads=1) as ranks, processes(1, threads=CORES) as one:
+        alone = partial(step_time, one, plain_training, storage)
+        measures = {f"one process x {CORES} threads, plain loop": alone}
+        for dp, tp in MESHES:
+            name = f"mesh dp{dp} x tp{tp}, 4 processes x 1 thread"
+            measures[name] = partial(step_time, ranks, mesh_training, storage, dp, tp)
+        alternate(1, measures)  # the first steps are slow
+        values = alternate(rounds, measures)
+    report(
+        f"1. Step time: one optimizer step on the same {ROWS} rows of 128 tokens, demo "
+        f"model, fp32,\n   {CORES} cores. The plain loop is transformers and torch AdamW.",
+        "ms a step",
+        values,
+    )
+
+
+def compare_packing(rounds: int, storage: str) -> None:
+    def token_rate(run: Callable, pack: bool) -> float:
+        answers = run(burst, mesh_training, storage, 2, 2, pack)
+        real = sum(real for _, real in answers) / 2  # both ranks of a TP group read it
+        return real / max(seconds for seconds, _ in answers)
+
+    with processes(4, threads=1) as ranks:
+        measures = {}
+        for name, pack in ("padded", False), ("packed", True):
+            config = bench_config(storage, 2, 2, pack=pack)
+            lengths = np.load(data.prepare(config) / "lengths.npy")
+            padding = 1 - lengths.mean() / config.seq_length
+            name += f" rows, {padding:.1%} padding, {lengths.sum():,} tokens"
+            measures[name] = partial(token_rate, ranks, pack)
+        alternate(1, measures)
+        values = alternate(rounds, measures)
+    report(
+        f"2. Packing: tokens that are not padding, trained on in a second by the dp2 x "
+        f"tp2 mesh;\n   same corpus, {ROWS} rows of 128 a step. A padded row drops what "
+        "does not fit into it.",
+        "real tokens/s",
+        values,
+    )
+
+
+def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> float:
+    """Seconds that data.prepare took in this process, if it is one of the workers."""
+    own = f"rank{dist.get_rank()}" if apart else "shared"
+    config = replace(config, cache_dir=os.path.join(folder, own))
+    dist.barrier()
+    start = time.perf_counter()
+    if dist.get_rank() < workers:
+        data.prepare(config)
+    return time.perf_counter() - start
+
+
+def compare_data(rounds: int, storage: str) -> None:
+    texts = demo.paragraphs() * COPIES
+    dataset = Path(storage) / "long"
+    demo.write_dataset(dataset, texts)
+
+    def seconds(workers: int = 1, apart: bool = False, tokenising: int = 1) -> float:
+        config = bench_config(
+            storage,
+            1,
+            1,
+            dataset_name=str(dataset),
+            preprocessing_num_workers=tokenising,
+        )
+        with tempfile.TemporaryDirectory(dir=storage) as folder:
+            return max(run(prepare, config, folder, workers, apart))
+
+    with processes(4, threads=1) as run:
+        seconds()  # leaves the dataset's Arrow copy in the cache that all rows read
+        measures = {
+            "once, 1 worker": seconds,
+            "once, 4 workers: one works, 3 wait": partial(seconds, workers=4),
+            "4 workers, each for itself": partial(seconds, workers=4, apart=True),
+            "once, preprocessing_num_workers=4": partial(seconds, tokenising=4),
+        }
+        values = alternate(rounds, measures)
+    report(
+        f"3. Data preparation: data.prepare of {len(texts):,} paragraphs into an empty "
+        f"cache, {CORES} cores;\n   once for the whole run, against once in every worker.",
+        "seconds",
+        values,
+    )
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    [line] = [line for line in STATUS.read_text().splitlines() if "RssAnon" in line]
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def watched_memory() -> Iterator[Callable[[], int]]:
+    """Yields a function: the highest growth so far, sampled every 2 ms."""
+    start, done = anonymous_memory(), threading.Event()
+    samples = [start]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            samples.append(anonymous_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield lambda: max(*samples, anonymous_memory()) - start
+    done.set()
+    thread.join()
+
+
+def load_whole(storage: str, model_dir: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+
+def load_sharded(storage: str, model_dir: str) -> torch.nn.Module:
+    config = bench_config(storage, 2, 2, model_name=model_dir)
+    return build_engine(config, build_mesh(2, 2)).model
+
+
+def load(loader: Callable, storage: str, model_dir: str) -> tuple[int, int]:
+    """Growth while loading, and until every weight has been written once."""
+    loader(storage, f"{storage}/demo/model")  # so that no import is counted
+    with watched_memory() as growth:
+        model = loader(storage, model_dir)
+        loading = growth()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                getattr(parameter, "_local_tensor", parameter).mul_(1)
+        return loading, growth()
+
+
+def compare_memory(rounds: int, storage: str) -> None:
+    if not STATUS.exists():
+        print(f"\n4. Memory: skipped, this platform has no {STATUS}")
+        return
+    model_dir = str(Path(storage) / "large")
+    size = write_large_model(model_dir)
+
+    def largest(count: int, loader: Callable) -> list[float]:
+        # New processes each time: freed memory need not go back to the system.
+        with processes(count, threads=1) as run:
+            growth = run(load, loader, storage, model_dir)
+        return [max(moment) / size for moment in zip(*growth, strict=True)]
+
+    whole, rank = "one process, from_pretrained", "largest rank of 2x2, build_engine"
+    measures = {whole: partial(largest, 1, load_whole)}
+    measures[rank] = partial(largest, 4, load_sharded)
+    values = alternate(rounds, measures)
+    report(
+        f"4. Memory: highest growth of anonymous memory of a process that loads a model "
+        f"of {size / 1e6:.0f} MB,\n   fp32. from_pretrained only maps the file; memory "
+        "follows when weights are written, as the\n   first optimizer step does.",
+        "x the whole model",
+        {
+            f"{name}{moment}": [both[index] for both in values[name]]
+            for index, moment in ((1, ", then written"), (0, ""))
+            for name in measures
+        },
+    )
+
+
+def write_large_model(directory: str) -> int:
+    """Random weights; returns their bytes."""
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+COMPARISONS = {
+    "steps": compare_steps,
+    "packing": compare_packing,
+    "data": compare_data,
+    "memory": compare_memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each row"
+    )
+    parser.add_argument(
+        "--only", default=",".join(COMPARISONS), help="some of these, comma-separated"
+    )
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
+        parser.error(
+            f"--rounds takes 1 or more, --only some of {', '.join(COMPARISONS)}"
+        )
+    with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
+        os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
+        demo.write(f"{storage}/demo")
+        for name in chosen:
+            COMPARISONS[name](options.rounds, storage)
+
+
+if __name__ == "__main__":
+    main()
