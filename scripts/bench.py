@@ -23,12 +23,11 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
 
@@ -45,59 +44,46 @@ from tp2d_lib.presets import build_config
 
 MESHES = ((2, 2), (4, 1), (1, 4))  # (dp_size, tp_size)
 ROWS = 8  # in a global batch
-BURST = 10  # steps timed as one
-COPIES = 15  # of the demo corpus, for data preparation
+BURST = 5  # steps timed as one
+COPIES = 10  # of the demo corpus, for data preparation
 STATUS = Path("/proc/self/status")
 AFFINITY = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
 CORES = len(AFFINITY(0))
 
 
-def serve(rank: int, world_size: int, threads: int, store: str, pipe) -> None:
-    """One process: joins the group, then runs what it is sent."""
+def join(rank: int, world_size: int, threads: int, store: str) -> None:
+    """The first thing each process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     torch.set_num_threads(threads)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
-    while True:
-        function, args = pipe.recv()
-        try:
-            pipe.send((True, function(*args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
 
 
 @contextmanager
 def processes(count: int, threads: int) -> Iterator[Callable]:
-    """Yields `run(function, *args)`: the answers of each process, in rank order."""
-    context = multiprocessing.get_context("spawn")
-    started, pipes = [], []
+    """A gloo group; yields `run(function, *args)`: the answers, in rank order."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tp2d-bench-"))
+        ranks = [
+            stack.enter_context(
+                ProcessPoolExecutor(
+                    max_workers=1,  # so that each call reaches its own rank
+                    mp_context=multiprocessing.get_context("spawn"),
+                    initializer=join,
+                    initargs=(rank, count, threads, f"{folder}/store"),
+                )
+            )
+            for rank in range(count)
+        ]
 
-    def run(function: Callable, *args) -> list:
-        for pipe in pipes:
-            pipe.send((function, args))
-        answers = {}
-        while len(answers) < count:  # an exception anywhere is raised here at once
-            for pipe in wait([pipe for pipe in pipes if pipe not in answers]):
-                good, answers[pipe] = pipe.recv()
-                if not good:
-                    raise RuntimeError(answers[pipe])
-        return [answers[pipe] for pipe in pipes]
+        def run(function: Callable, *args) -> list:
+            answers = [rank.submit(function, *args) for rank in ranks]
+            for answer in as_completed(answers):
+                answer.result()  # the first exception, while others may wait for it
+            return [answer.result() for answer in answers]
 
-    with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as folder:
-        try:
-            for rank in range(count):
-                ours, theirs = context.Pipe()
-                args = (rank, count, threads, f"{folder}/store", theirs)
-                started.append(context.Process(target=serve, args=args, daemon=True))
-                started[-1].start()
-                theirs.close()  # so that a process that dies is seen, not waited for
-                pipes.append(ours)
-            yield run
-        finally:
-            for process in started:
-                process.kill()
-                process.join()
+        yield run
 
 
 def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
@@ -111,12 +97,12 @@ def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
 
 def report(text: str, unit: str, values: dict[str, list[float]]) -> None:
     """Print a table; every row is also divided by the first one."""
-    first = next(iter(values))
-    print(f"\n{text}\n\n  {'':44}{unit:>24}{'x the first row':>20}")
+    first, width = next(iter(values)), max(map(len, values))
+    print(f"\n{text}\n\n  {'':{width}}{unit:>25}{'x the first row':>20}")
     for name, row in values.items():
         ratios = [a / b for a, b in zip(row, values[first], strict=True)]
         shown = "1" if name == first else spread(ratios)
-        print(f"  {name:44}{spread(row):>24}{shown:>20}", flush=True)
+        print(f"  {name:{width}}{spread(row):>25}{shown:>20}", flush=True)
 
 
 def spread(row: list[float]) -> str:
@@ -159,10 +145,7 @@ def plain_training(storage: str):
     model = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
+        model.parameters(), lr=config.learning_rate, fused=True
     )
 
     def step(batch: list[dict[str, torch.Tensor]]) -> None:
@@ -188,7 +171,7 @@ def compare_steps(rounds: int, storage: str) -> None:
         values = alternate(rounds, measures)
     report(
         f"1. Step time: one optimizer step on the same {ROWS} rows of 128 tokens, demo "
-        f"model, fp32,\n   {CORES} cores. The plain loop is transformers and torch AdamW.",
+        f"model, fp32,\n   on {CORES} cores; the plain loop is transformers and AdamW.",
         "ms a step",
         values,
     )
@@ -202,18 +185,18 @@ def compare_packing(rounds: int, storage: str) -> None:
 
     with processes(4, threads=1) as ranks:
         measures = {}
-        for name, pack in ("padded", False), ("packed", True):
+        for kind, pack in ("padded", False), ("packed", True):
             config = bench_config(storage, 2, 2, pack=pack)
             lengths = np.load(data.prepare(config) / "lengths.npy")
             padding = 1 - lengths.mean() / config.seq_length
-            name += f" rows, {padding:.1%} padding, {lengths.sum():,} tokens"
+            name = f"{kind} rows, {padding:.1%} padding, {lengths.sum():,} tokens"
             measures[name] = partial(token_rate, ranks, pack)
         alternate(1, measures)
         values = alternate(rounds, measures)
     report(
         f"2. Packing: tokens that are not padding, trained on in a second by the dp2 x "
-        f"tp2 mesh;\n   same corpus, {ROWS} rows of 128 a step. A padded row drops what "
-        "does not fit into it.",
+        f"tp2 mesh;\n   same corpus, {ROWS} rows of 128 a step. What does not fit into a "
+        "padded row is dropped.",
         "real tokens/s",
         values,
     )
@@ -257,7 +240,8 @@ def compare_data(rounds: int, storage: str) -> None:
         values = alternate(rounds, measures)
     report(
         f"3. Data preparation: data.prepare of {len(texts):,} paragraphs into an empty "
-        f"cache, {CORES} cores;\n   once for the whole run, against once in every worker.",
+        f"cache, on {CORES}\n   cores; once for the whole run, against once in every "
+        "worker.",
         "seconds",
         values,
     )
@@ -323,11 +307,11 @@ def compare_memory(rounds: int, storage: str) -> None:
     whole, rank = "one process, from_pretrained", "largest rank of 2x2, build_engine"
     measures = {whole: partial(largest, 1, load_whole)}
     measures[rank] = partial(largest, 4, load_sharded)
-    values = alternate(rounds, measures)
+    values = alternate(min(rounds, 3), measures)  # slow to start, and hardly varies
     report(
-        f"4. Memory: highest growth of anonymous memory of a process that loads a model "
-        f"of {size / 1e6:.0f} MB,\n   fp32. from_pretrained only maps the file; memory "
-        "follows when weights are written, as the\n   first optimizer step does.",
+        "4. Memory: highest growth of a process's anonymous memory while it loads a "
+        f"model of {size / 1e6:.0f} MB,\n   fp32. from_pretrained only maps the file; its "
+        "memory grows when weights are written,\n   as the first optimizer step does.",
         "x the whole model",
         {
             f"{name}{moment}": [both[index] for both in values[name]]
@@ -374,6 +358,7 @@ def main() -> None:
         parser.error(
             f"--rounds takes 1 or more, --only some of {', '.join(COMPARISONS)}"
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")

@@ -22,6 +22,7 @@ from tp2d_lib.config import ConfigError, TrainConfig
 WORKER_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # a rank that never reports
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports and the end are seen at once
 }
 
 

@@ -32,6 +32,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
         if save:
             state = {"step": step, "position": loader.position}
             checkpoint.commit(engine, {**state, "history": metrics.history})
+            metrics.reset()  # saving is not training: leave it out of the speed
     metrics.close()
     if config.export_to:
         engine.export(config.export_to)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,11 +54,11 @@ def table(rows: Sequence[dict]) -> None:
             print("  ".join("-" * width for width in widths))
 
 
-def show_source(function) -> None:
-    """Show a function of the library as highlighted code."""
-    from IPython.display import Markdown, display
+def show(figure, alt: str) -> None:
+    """Show a plot, with the words that stand for it where it cannot be seen."""
+    from IPython.display import display
 
-    display(Markdown(f"```python\n{inspect.getsource(function)}```"))
+    display(figure, metadata={"image/png": {"alt": alt}})
 
 
 def tree(directory: str | Path) -> list[dict]:
@@ -68,7 +67,7 @@ def tree(directory: str | Path) -> list[dict]:
     return [
         {
             "file": str(path.relative_to(directory)),
-            "KiB": f"{path.stat().st_size / 1024:,.0f}",
+            "bytes": f"{path.stat().st_size:,}",
         }
         for path in sorted(directory.rglob("*"))
         if path.is_file()

@@ -35,6 +35,7 @@ def training(history: Sequence[dict]) -> plt.Figure:
         right.plot(steps, speed, color=COLOURS[1])
         right.set(xlabel="step", ylabel="valid tokens / s", title="Throughput")
         right.set_ylim(bottom=0)
+    plt.close(figure)  # shown by the notebook, once
     return figure
 
 
@@ -53,6 +54,7 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
         axes.axvline(resumed_from, color="black", linewidth=1, label="last checkpoint")
         axes.set(xlabel="step", ylabel="loss", title="Interrupted and uninterrupted")
         axes.legend()
+    plt.close(figure)  # shown by the notebook, once
     return figure
 
 
@@ -93,4 +95,5 @@ def traffic(
             title=f"Traffic of a step, tp_size={tp_size}, dp_size={dp_size}, bf16",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    plt.close(figure)  # shown by the notebook, once
     return figure
