@@ -2,7 +2,7 @@
 
 Everything runs on the CPU, offline, on the same cores. A round measures every row once,
 the next round in reverse order, and a ratio divides two values of one round: a machine
-that slows down slows both. Shown are the median and, in brackets, lowest and highest.
+that slows down slows both.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
 MESHES = ((2, 2), (4, 1), (1, 4))  # (dp_size, tp_size)
+Table = tuple[str, dict[str, list[float]]]  # the unit, and a list of values by row
 ROWS = 8  # in a global batch
 BURST = 5  # steps timed as one
-COPIES = 10  # of the demo corpus, for data preparation
 STATUS = Path("/proc/self/status")
 AFFINITY = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
 CORES = len(AFFINITY(0))
@@ -63,19 +63,14 @@ def join(rank: int, world_size: int, threads: int, store: str) -> None:
 @contextmanager
 def processes(count: int, threads: int) -> Iterator[Callable]:
     """A gloo group; yields `run(function, *args)`: the answers, in rank order."""
+    spawn = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tp2d-bench-"))
-        ranks = [
-            stack.enter_context(
-                ProcessPoolExecutor(
-                    max_workers=1,  # so that each call reaches its own rank
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=join,
-                    initargs=(rank, count, threads, f"{folder}/store"),
-                )
-            )
-            for rank in range(count)
-        ]
+        ranks = []
+        for rank in range(count):
+            args = (rank, count, threads, f"{folder}/store")
+            # One process each, so that every call reaches its own rank.
+            ranks.append(stack.enter_context(ProcessPoolExecutor(1, spawn, join, args)))
 
         def run(function: Callable, *args) -> list:
             answers = [rank.submit(function, *args) for rank in ranks]
@@ -98,11 +93,11 @@ def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
 def report(text: str, unit: str, values: dict[str, list[float]]) -> None:
     """Print a table; every row is also divided by the first one."""
     first, width = next(iter(values)), max(map(len, values))
-    print(f"\n{text}\n\n  {'':{width}}{unit:>25}{'x the first row':>20}")
+    print(f"\n{text}\n\n    {'':{width}}{unit:>24}{'x the first row':>20}")
     for name, row in values.items():
         ratios = [a / b for a, b in zip(row, values[first], strict=True)]
         shown = "1" if name == first else spread(ratios)
-        print(f"  {name:{width}}{spread(row):>25}{shown:>20}", flush=True)
+        print(f"    {name:{width}}{spread(row):>24}{shown:>20}", flush=True)
 
 
 def spread(row: list[float]) -> str:
@@ -144,9 +139,7 @@ def plain_training(storage: str):
     loader = data.BatchLoader(config, data.prepare(config), dp_rank=0)
     model = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, fused=True)
 
     def step(batch: list[dict[str, torch.Tensor]]) -> None:
         model(**batch[0], use_cache=False).loss.backward()
@@ -157,7 +150,11 @@ def plain_training(storage: str):
     return step, iter(loader)
 
 
-def compare_steps(rounds: int, storage: str) -> None:
+def compare_steps(rounds: int, storage: str) -> Table:
+    """1. Step time: one optimizer step on the same 8 rows of 128 tokens, demo model,
+    fp32. The plain loop is transformers and torch AdamW.
+    """
+
     def step_time(run: Callable, build: Callable, *args) -> float:
         return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
 
@@ -168,16 +165,14 @@ def compare_steps(rounds: int, storage: str) -> None:
             name = f"mesh dp{dp} x tp{tp}, 4 processes x 1 thread"
             measures[name] = partial(step_time, ranks, mesh_training, storage, dp, tp)
         alternate(1, measures)  # the first steps are slow
-        values = alternate(rounds, measures)
-    report(
-        f"1. Step time: one optimizer step on the same {ROWS} rows of 128 tokens, demo "
-        f"model, fp32,\n   on {CORES} cores; the plain loop is transformers and AdamW.",
-        "ms a step",
-        values,
-    )
+        return "ms a step", alternate(rounds, measures)
 
 
-def compare_packing(rounds: int, storage: str) -> None:
+def compare_packing(rounds: int, storage: str) -> Table:
+    """2. Packing: tokens that are not padding, trained on in a second by the dp2 x tp2
+    mesh; same corpus, 8 rows of 128 a step. Padded rows drop what does not fit.
+    """
+
     def token_rate(run: Callable, pack: bool) -> float:
         answers = run(burst, mesh_training, storage, 2, 2, pack)
         real = sum(real for _, real in answers) / 2  # both ranks of a TP group read it
@@ -191,15 +186,8 @@ def compare_packing(rounds: int, storage: str) -> None:
             padding = 1 - lengths.mean() / config.seq_length
             name = f"{kind} rows, {padding:.1%} padding, {lengths.sum():,} tokens"
             measures[name] = partial(token_rate, ranks, pack)
-        alternate(1, measures)
-        values = alternate(rounds, measures)
-    report(
-        f"2. Packing: tokens that are not padding, trained on in a second by the dp2 x "
-        f"tp2 mesh;\n   same corpus, {ROWS} rows of 128 a step. What does not fit into a "
-        "padded row is dropped.",
-        "real tokens/s",
-        values,
-    )
+        alternate(1, measures)  # the first steps are slow
+        return "real tokens/s", alternate(rounds, measures)
 
 
 def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> float:
@@ -213,19 +201,16 @@ def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> floa
     return time.perf_counter() - start
 
 
-def compare_data(rounds: int, storage: str) -> None:
-    texts = demo.paragraphs() * COPIES
-    dataset = Path(storage) / "long"
-    demo.write_dataset(dataset, texts)
+def compare_data(rounds: int, storage: str) -> Table:
+    """3. Data preparation: data.prepare of ten times the demo corpus into an empty cache,
+    once for the whole run, against once in every worker.
+    """
+    dataset = f"{storage}/long"
+    demo.write_dataset(Path(dataset), demo.paragraphs() * 10)
 
     def seconds(workers: int = 1, apart: bool = False, tokenising: int = 1) -> float:
-        config = bench_config(
-            storage,
-            1,
-            1,
-            dataset_name=str(dataset),
-            preprocessing_num_workers=tokenising,
-        )
+        settings = {"dataset_name": dataset, "preprocessing_num_workers": tokenising}
+        config = bench_config(storage, dp_size=1, tp_size=1, **settings)
         with tempfile.TemporaryDirectory(dir=storage) as folder:
             return max(run(prepare, config, folder, workers, apart))
 
@@ -237,14 +222,7 @@ def compare_data(rounds: int, storage: str) -> None:
             "4 workers, each for itself": partial(seconds, workers=4, apart=True),
             "once, preprocessing_num_workers=4": partial(seconds, tokenising=4),
         }
-        values = alternate(rounds, measures)
-    report(
-        f"3. Data preparation: data.prepare of {len(texts):,} paragraphs into an empty "
-        f"cache, on {CORES}\n   cores; once for the whole run, against once in every "
-        "worker.",
-        "seconds",
-        values,
-    )
+        return "seconds", alternate(rounds, measures)
 
 
 def anonymous_memory() -> int:
@@ -263,11 +241,11 @@ def watched_memory() -> Iterator[Callable[[], int]]:
         while not done.wait(0.002):
             samples.append(anonymous_memory())
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield lambda: max(*samples, anonymous_memory()) - start
-    done.set()
-    thread.join()
+    threading.Thread(target=watch).start()
+    try:
+        yield lambda: max(*samples, anonymous_memory()) - start
+    finally:
+        done.set()
 
 
 def load_whole(storage: str, model_dir: str) -> torch.nn.Module:
@@ -291,11 +269,12 @@ def load(loader: Callable, storage: str, model_dir: str) -> tuple[int, int]:
         return loading, growth()
 
 
-def compare_memory(rounds: int, storage: str) -> None:
-    if not STATUS.exists():
-        print(f"\n4. Memory: skipped, this platform has no {STATUS}")
-        return
-    model_dir = str(Path(storage) / "large")
+def compare_memory(rounds: int, storage: str) -> Table:
+    """4. Memory: highest growth of a process's anonymous memory while it loads a model
+    of 466 MB, fp32. from_pretrained only maps the file; its memory grows when weights
+    are written, as the first optimizer step does.
+    """
+    model_dir = f"{storage}/large"
     size = write_large_model(model_dir)
 
     def largest(count: int, loader: Callable) -> list[float]:
@@ -304,33 +283,23 @@ def compare_memory(rounds: int, storage: str) -> None:
             growth = run(load, loader, storage, model_dir)
         return [max(moment) / size for moment in zip(*growth, strict=True)]
 
-    whole, rank = "one process, from_pretrained", "largest rank of 2x2, build_engine"
-    measures = {whole: partial(largest, 1, load_whole)}
-    measures[rank] = partial(largest, 4, load_sharded)
+    measures = {
+        "one process, from_pretrained": partial(largest, 1, load_whole),
+        "largest rank of dp2 x tp2, build_engine": partial(largest, 4, load_sharded),
+    }
     values = alternate(min(rounds, 3), measures)  # slow to start, and hardly varies
-    report(
-        "4. Memory: highest growth of a process's anonymous memory while it loads a "
-        f"model of {size / 1e6:.0f} MB,\n   fp32. from_pretrained only maps the file; its "
-        "memory grows when weights are written,\n   as the first optimizer step does.",
-        "x the whole model",
-        {
-            f"{name}{moment}": [both[index] for both in values[name]]
-            for index, moment in ((1, ", then written"), (0, ""))
-            for name in measures
-        },
-    )
+    return "x the whole model", {
+        f"{name}{moment}": [both[index] for both in values[name]]
+        for index, moment in ((1, ", then written"), (0, ""))
+        for name in measures
+    }
 
 
 def write_large_model(directory: str) -> int:
     """Random weights; returns their bytes."""
-    config = Qwen2Config(
-        vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-    )
+    sizes = {"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 3072}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4}
+    config = Qwen2Config(num_hidden_layers=12, **sizes, **heads)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     return sum(parameter.nbytes for parameter in model.parameters())
@@ -345,25 +314,25 @@ COMPARISONS = {
 
 
 def main() -> None:
+    names = ",".join(COMPARISONS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="measurements of each row"
-    )
-    parser.add_argument(
-        "--only", default=",".join(COMPARISONS), help="some of these, comma-separated"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of a row")
+    parser.add_argument("--only", default=names, help=f"some of {names}")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
-        parser.error(
-            f"--rounds takes 1 or more, --only some of {', '.join(COMPARISONS)}"
-        )
+        parser.error(f"--rounds takes 1 or more, --only takes some of {names}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")
+        print(f"{CORES} cores; median (lowest-highest) of {options.rounds} rounds")
         for name in chosen:
-            COMPARISONS[name](options.rounds, storage)
+            if name == "memory" and not STATUS.exists():
+                print(f"\n4. Memory: skipped, this platform has no {STATUS}")
+                continue
+            compare = COMPARISONS[name]
+            report(compare.__doc__.rstrip(), *compare(options.rounds, storage))
 
 
 if __name__ == "__main__":

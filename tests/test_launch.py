@@ -1,0 +1,64 @@
+"""Runs through Ray Train: resources checked, runs continued, errors passed on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from tp2d_lib import checkpoint, fsdp, launch
+from tp2d_lib.config import ConfigError
+from tp2d_lib.presets import build_config
+
+
+@pytest.fixture
+def cluster():
+    """A cluster of our own, ended after the test."""
+    yield launch.connect
+    ray.shutdown()
+
+
+def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path, capsys):
+    ray.init(address="local", num_gpus=3, logging_level="ERROR", log_to_driver=False)
+    try:
+        config = build_config("demo", str(tmp_path), tp_size=2, dp_size=2)
+        with pytest.raises(
+            ConfigError, match=r"num_workers=4 must not exceed the cluster.s 3 GPUs"
+        ):
+            launch.run(fsdp.train_func, config)
+        assert launch.check_resources(replace(config, dp_size=1, num_workers=2))
+        assert "3 GPUs, not a multiple of tp_size=2" in capsys.readouterr().out
+    finally:
+        ray.shutdown()
+
+
+def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
+    """Also on another mesh; and a run that is done returns at once."""
+    cluster()
+    settings = {"run_name": "again", "log_interval": 3, "checkpoint_every": 2}
+    config = build_config("demo", str(tmp_path), max_steps=4, tp_size=2, **settings)
+    first = checkpoint.history(launch.run(fsdp.train_func, config))
+    assert [record["step"] for record in first] == [2, 3, 4]
+    assert "step 4/4" in capsys.readouterr().out
+
+    moved = build_config("demo", str(tmp_path), max_steps=6, dp_size=2, **settings)
+    moved = replace(moved, batch_size_per_gpu=2)
+    result = launch.run(fsdp.train_func, moved)
+    second = checkpoint.history(result)
+    assert "resumed after step 4" in capsys.readouterr().out
+    assert second[: len(first)] == first
+    assert [record["step"] for record in second[len(first) :]] == [6]
+    assert second[-1]["position"] == 6 * moved.global_batch_size
+    kept = sorted(path.name for path in Path(result.path).glob("checkpoint-*"))
+    assert kept == ["checkpoint-000004", "checkpoint-000006"]  # save_total_limit
+
+
+def fails(config):
+    raise RuntimeError("the third layer melted")
+
+
+def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
+    cluster()
+    config = build_config("demo", str(tmp_path), max_failures=0)
+    with pytest.raises(ray.train.TrainingFailedError, match="the third layer melted"):
+        launch.run(fails, config)
