@@ -44,6 +44,7 @@ from tp2d_lib.presets import build_config
 
 MESHES = ((2, 2), (4, 1), (1, 4))  # (dp_size, tp_size)
 Table = tuple[str, dict[str, list[float]]]  # the unit, and a list of values by row
+Training = tuple[Callable, Iterator]  # one step, and the batches it is given
 ROWS = 8  # in a global batch
 BURST = 5  # steps timed as one
 STATUS = Path("/proc/self/status")
@@ -78,7 +79,11 @@ def processes(count: int, threads: int) -> Iterator[Callable]:
                 answer.result()  # the first exception, while others may wait for it
             return [answer.result() for answer in answers]
 
-        yield run
+        try:
+            yield run
+        finally:
+            for rank in ranks:  # after an exception, this frees those who wait for it
+                rank.submit(dist.destroy_process_group)
 
 
 def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
@@ -126,14 +131,16 @@ def burst(build: Callable, *args) -> tuple[float, int]:
 
 
 @cache  # built by the first burst, used by all
-def mesh_training(storage: str, dp_size: int, tp_size: int, pack: bool = True):
+def mesh_training(
+    storage: str, dp_size: int, tp_size: int, pack: bool = True
+) -> Training:
     config = bench_config(storage, dp_size, tp_size, pack=pack)
     mesh = build_mesh(dp_size, tp_size)
     return build_engine(config, mesh).step, iter(data.build_dataloader(config, mesh))
 
 
 @cache
-def plain_training(storage: str):
+def plain_training(storage: str) -> Training:
     """What one writes without this project, with the same rows and settings."""
     config = bench_config(storage, dp_size=1, tp_size=1)
     loader = data.BatchLoader(config, data.prepare(config), dp_rank=0)
@@ -202,8 +209,8 @@ def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> floa
 
 
 def compare_data(rounds: int, storage: str) -> Table:
-    """3. Data preparation: data.prepare of ten times the demo corpus into an empty cache,
-    once for the whole run, against once in every worker.
+    """3. Data preparation: data.prepare of ten times the demo corpus, into an empty
+    cache; once for the whole run, against once in every worker.
     """
     dataset = f"{storage}/long"
     demo.write_dataset(Path(dataset), demo.paragraphs() * 10)
@@ -272,7 +279,7 @@ def load(loader: Callable, storage: str, model_dir: str) -> tuple[int, int]:
 def compare_memory(rounds: int, storage: str) -> Table:
     """4. Memory: highest growth of a process's anonymous memory while it loads a model
     of 466 MB, fp32. from_pretrained only maps the file; its memory grows when weights
-    are written, as the first optimizer step does.
+    are written, as the first optimizer step does. At most 3 rounds.
     """
     model_dir = f"{storage}/large"
     size = write_large_model(model_dir)

@@ -100,6 +100,32 @@ def test_parameter_off_the_mesh_is_named(demo_paths, pools):
         assert "leaves 'model.layers.1.mlp.gain' off the tp mesh" in second
 
 
+def load_untied(config):
+    """Run by every rank: a plan whose reader forgot to tie the weights again."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from tp2d_lib.fsdp import apply_fsdp, build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    def parallelize(model, mesh, dtype):
+        parallelize_module(model, mesh["tp"], tensor_parallel_plan(model))
+        apply_fsdp(model, mesh["dp"], dtype)
+        return model
+
+    try:
+        build_engine(config, build_mesh(config.dp_size, config.tp_size), parallelize)
+    except ValueError as error:
+        return str(error)
+
+
+def test_weight_that_no_file_fills_is_named(demo_paths, pools, tmp_path):
+    from tests.test_engine import make_config
+
+    config = make_config(demo_paths, tmp_path, 2, 2)
+    for message in pools(4).run(load_untied, config):
+        assert "must hold lm_head.weight (1 missing)" in message
+
+
 def tampered_step(config, factor):
     """Run by every rank: a norm whose gradient one tp rank sees differently."""
     from tp2d_lib.data import build_dataloader

@@ -131,8 +131,12 @@ def model_directory(config: TrainConfig) -> Path:
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors by name, a tied weight once, under the name files use."""
-    tied = set(model.all_tied_weights_keys)  # second name -> first name
-    return {k: v for k, v in model.state_dict().items() if k not in tied}
+    second_names = {
+        second
+        for second, first in model.all_tied_weights_keys.items()
+        if model.get_parameter(second) is model.get_parameter(first)
+    }
+    return {k: v for k, v in model.state_dict().items() if k not in second_names}
 
 
 def load_pretrained(model: nn.Module, directory: Path) -> None:
