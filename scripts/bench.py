@@ -25,7 +25,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -81,9 +82,11 @@ def processes(count: int, threads: int) -> Iterator[Callable]:
 
         try:
             yield run
-        finally:
-            for rank in ranks:  # after an exception, this frees those who wait for it
-                rank.submit(dist.destroy_process_group)
+        except BaseException:
+            for rank in ranks:  # whose end frees those who wait for it
+                with suppress(BrokenProcessPool):
+                    rank.submit(os._exit, 1)
+            raise
 
 
 def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
