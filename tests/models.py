@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -14,6 +15,8 @@ CONFIGS = {
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 8}),
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    # norms after the blocks, a scaled embedding, two kinds of rotary frequencies
+    "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 64}),
 }
 VOCAB_SIZE = 509  # prime: no tp_size divides it
 

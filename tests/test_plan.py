@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
-    GPTNeoXConfig,
     MixtralConfig,
     Phi3Config,
     Qwen3Config,
@@ -69,8 +69,10 @@ def test_model_without_a_plan_for_its_layers():
 
 
 def test_model_with_a_plan_for_a_part():
-    with pytest.raises(PlanError, match=r"leaves 'gpt_neox\.embed_in"):
-        tensor_parallel_plan(empty(GPTNeoXConfig))
+    with pytest.raises(
+        PlanError, match=r"leaves 'model\.layers\.0\.mlp\.act_fn\.alpha_p'"
+    ):
+        tensor_parallel_plan(empty(ApertusConfig, num_key_value_heads=4))
 
 
 def apply_to_uncovered(model_dir):

@@ -156,7 +156,7 @@ def build_engine(
     dtype, _ = models.pick_dtype(config, mesh.device_type)
     model = parallelize(models.build_empty_model(config), mesh, dtype)
     model.to_empty(device=device)
-    models.rebuild_buffers(model, device)
+    models.rebuild_buffers(model)
     models.load_pretrained(model, models.model_directory(config))
     optimizer = build_optimizer(model, config)
     return FSDPEngine(model, optimizer, mesh, config, device, train_step)
@@ -191,8 +191,16 @@ class FSDPEngine:
         return {
             "model": models.own_state(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
-            "rng": {f"rank{dist.get_rank()}": torch.get_rng_state()},
+            "rng": self.random_state(),
         }
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """This rank's generators, under names of its own."""
+        rank = dist.get_rank()
+        states = {f"cpu{rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"cuda{rank}"] = torch.cuda.get_rng_state()
+        return states
 
     def save(self, directory: str | Path) -> None:
         """Write the shards of model, optimizer and RNG; every rank calls."""
@@ -201,13 +209,17 @@ class FSDPEngine:
     def load(self, directory: str | Path) -> None:
         """Read them back, on this mesh or another one; every rank calls."""
         state = self.state_dict()
-        (rank, rng), *_ = state["rng"].items()
         stored = dcp.FileSystemReader(str(directory)).read_metadata()
-        if f"rng.{rank}" not in stored.state_dict_metadata:  # a larger world than then
-            del state["rng"]
-        dcp.load(state, checkpoint_id=str(directory))  # the weights, in place
+        for name in list(
+            state["rng"]
+        ):  # a larger world than then finds none of its own
+            if f"rng.{name}" not in stored.state_dict_metadata:
+                del state["rng"][name]
+        dcp.load(state, checkpoint_id=str(directory))  # weights and generators in place
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-        torch.set_rng_state(rng)
+        for name, generator in state["rng"].items():
+            module = torch.cuda if name.startswith("cuda") else torch
+            module.set_rng_state(generator)
 
     def export(self, directory: str | Path) -> None:
         """Write plain safetensors, config and tokenizer; every rank calls.

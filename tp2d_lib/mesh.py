@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,9 @@ def build_mesh(
         A mesh of shape (dp_size, tp_size) with the names ("dp", "tp").
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda":  # a launcher shows each rank all GPUs, or its own only
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     mesh = init_device_mesh(
         device_type, (dp_size, tp_size), mesh_dim_names=("dp", "tp")
     )

@@ -154,16 +154,21 @@ def load_pretrained(model: nn.Module, directory: Path) -> None:
     dcp.load(wanted, storage_reader=reader)
 
 
-def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
-    """Recompute what safetensors do not hold: the rotary frequencies."""
-    saved = set(model.state_dict())
-    for name, module in model.named_modules():
-        buffers = [key for key, _ in module.named_buffers(name, recurse=False)]
-        if set(buffers) <= saved:
-            continue
-        fresh = type(module)(module.config)  # rotary modules are made from the config
-        for key, value in fresh.named_buffers(recurse=False):
-            setattr(module, key, value.to(device))
+def rebuild_buffers(model: nn.Module) -> None:
+    """Fill in what safetensors do not hold, such as the rotary frequencies.
+
+    The library computes them when it initialises weights: do that on a twin whose
+    parameters have no storage.
+    """
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config)
+    for name, buffer in list(twin.named_buffers()):
+        module, _, key = name.rpartition(".")
+        real = torch.empty_like(buffer, device="cpu")
+        setattr(twin.get_submodule(module), key, real)
+    twin.initialize_weights()
+    for name, buffer in twin.named_buffers():
+        model.get_buffer(name).copy_(buffer)
 
 
 def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:

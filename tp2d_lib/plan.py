@@ -23,9 +23,10 @@ class PlanError(ValueError):
 def tensor_parallel_plan(model: nn.Module) -> dict:
     """Turn the model's published ``tp_plan`` into DTensor styles, sequence-parallel.
 
-    Between blocks each tp rank keeps seq / tp rows: the residual stream is ``Shard(1)``
-    of (batch, seq, hidden). A block gathers it, computes on its own heads or ffn
-    columns, and scatters the sum. Keys are module names, ``*`` for a layer number.
+    Embedding and head are cut over the vocabulary. Between blocks the residual stream
+    (batch, seq, hidden) is ``Shard(1)``: seq / tp positions a rank. A block gathers it,
+    computes on its own heads or ffn columns, and scatters the sum. ``*`` in a module's
+    name stands for a layer number.
 
     Raises:
         PlanError: the model publishes no plan, or one with a style not known here.
@@ -40,6 +41,10 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
     for name, module in model.named_modules():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         style = published.get(pattern)
+        if module is model.get_input_embeddings():
+            style = "vocabulary_rows"
+        elif module is model.get_output_embeddings():
+            style = "vocabulary_columns"
         if style is None and type(module).__name__.endswith("Norm"):
             plan[pattern] = SequenceParallel(use_local_output=True)
         elif style is not None:
@@ -60,23 +65,23 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
 def dtensor_style(name: str, style: str, module: nn.Module):
     """The DTensor style of one published style; a comment says what crosses tp."""
     is_norm = type(module).__name__.endswith("Norm")
-    if style == "embedding_rowwise":  # vocabulary rows; partial sums -> own rows
+    if style == "vocabulary_rows":  # of the embedding; partial sums -> own positions
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-    if name == "lm_head" and style.startswith("colwise"):  # logits stay cut
+    if style == "vocabulary_columns":  # of the head; logits stay cut
         return ColwiseParallel(
             input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
         )
     if style == "colwise":  # output features; nothing crosses
         return ColwiseParallel()
-    if style == "rowwise":  # input features; partial sums -> own rows
+    if style == "rowwise":  # input features; partial sums -> own positions
         return RowwiseParallel(output_layouts=Shard(1))
     if style == "replicated_with_grad_allreduce" and is_norm:
         # A norm on local heads (batch, seq, heads, head_dim): whole weight, partial
         # gradient. Naming the head dimension makes DTensor sum it over tp.
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     raise PlanError(
-        f"the style {style!r} of {name!r} must be one of embedding_rowwise, colwise, "
-        "rowwise, or replicated_with_grad_allreduce on a norm; try tp_size=1"
+        f"the style {style!r} of {name!r} must be one of colwise, rowwise, or "
+        "replicated_with_grad_allreduce on a norm; try tp_size=1"
     )
 
 

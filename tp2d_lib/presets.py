@@ -54,7 +54,9 @@ def build_config(preset: str, storage_path: str | None, **settings) -> TrainConf
     storage_path = storage_path or default_storage()
     values = dict(PRESETS[preset])
     if preset == "demo":
-        model_name, dataset_name = demo.write(Path(storage_path) / "demo")
+        remote = "://" in storage_path
+        home = Path(default_storage() if remote else storage_path)
+        model_name, dataset_name = demo.write(home / "demo")
         values |= {"model_name": model_name, "dataset_name": dataset_name}
     values |= {name: value for name, value in settings.items() if value is not None}
     return TrainConfig(storage_path=storage_path, **values)
