@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,16 @@ def test_damaged_checkpoint_is_refused(damage, pools, tmp_path):
         (folder / "checksums-0.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match=str(folder)):
         checkpoint.verify(folder)
+
+
+def test_other_samples_are_refused(demo_paths, storage):
+    """A position counts rows: other rows or another seed would go on silently wrong."""
+    config = make_config(demo_paths, storage, 1, 1)
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    state = checkpoint.samples_of(config)
+    checkpoint.check_same_samples(state, config, Path("run/checkpoint-000003"))
+    longer = replace(config, prepared_data=None, seq_length=128)
+    longer = replace(longer, prepared_data=str(data.prepare(longer)))
+    for other in (replace(config, seed=7), longer):
+        with pytest.raises(checkpoint.CheckpointError, match="try another run_name"):
+            checkpoint.check_same_samples(state, other, Path("run/checkpoint-000003"))

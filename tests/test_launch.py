@@ -26,7 +26,9 @@ def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path, capsys):
             ConfigError, match=r"num_workers=4 must not exceed the cluster.s 3 GPUs"
         ):
             launch.run(fsdp.train_func, config)
-        assert launch.check_resources(replace(config, dp_size=1, num_workers=2))
+        assert launch.pick_device(replace(config, device="cpu")) == "cpu"
+        fits = replace(config, dp_size=1, num_workers=2)
+        assert launch.pick_device(fits) == "cuda"
         assert "3 GPUs, not a multiple of tp_size=2" in capsys.readouterr().out
     finally:
         ray.shutdown()

@@ -19,7 +19,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint on disk is not what was written."""
 
 
-def commit(engine, state: dict) -> None:
+def commit(engine, state: dict, config: TrainConfig) -> None:
     """Save the engine and the loop's state as one checkpoint; every rank calls.
 
     Each rank writes its shards to a folder of its own. Ray merges the folders in the
@@ -32,7 +32,9 @@ def commit(engine, state: dict) -> None:
         directory = Path(folder)
         engine.save(directory)
         if dist.get_rank() == 0:
-            (directory / STATE_FILE).write_text(json.dumps(state))
+            (directory / STATE_FILE).write_text(
+                json.dumps({**state, **samples_of(config)})
+            )
         write_checksums(directory)
         last = state["history"][-1] if state["history"] else {}
         ray.train.report(
@@ -60,8 +62,25 @@ def restore(engine, config: TrainConfig) -> dict:
         directory = Path(folder)
         verify(directory, part=dist.get_rank(), parts=dist.get_world_size())
         dist.barrier()  # nobody unpickles before everybody's share is verified
+        state = json.loads((directory / STATE_FILE).read_text())
+        check_same_samples(state, config, directory)
         engine.load(directory)
-        return json.loads((directory / STATE_FILE).read_text())
+        return state
+
+
+def check_same_samples(state: dict, config: TrainConfig, directory: Path) -> None:
+    """A position in the data means the same only for the same rows and seed."""
+    for name, now in samples_of(config).items():
+        if state[name] != now:
+            raise CheckpointError(
+                f"{name}={now!r} must be what {directory} was written with, "
+                f"{state[name]!r}; set it back, or try another run_name"
+            )
+
+
+def samples_of(config: TrainConfig) -> dict:
+    """What decides the stream of samples, besides the position in it."""
+    return {"seed": config.seed, "prepared_data": Path(config.prepared_data).name}
 
 
 def write_checksums(directory: Path) -> None:

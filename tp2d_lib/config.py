@@ -75,6 +75,11 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
     seed: int = setting(42, "seed of the data order and of every rank")
+    device: str = setting(
+        "auto",
+        "where to train; auto: GPUs when the cluster has any, else CPUs",
+        ("auto", "cuda", "cpu"),
+    )
     dtype: str = setting(
         "auto",
         "compute type; auto: bfloat16 where the hardware has it, else float32",

@@ -210,11 +210,9 @@ class FSDPEngine:
         """Read them back, on this mesh or another one; every rank calls."""
         state = self.state_dict()
         stored = dcp.FileSystemReader(str(directory)).read_metadata()
-        for name in list(
-            state["rng"]
-        ):  # a larger world than then finds none of its own
+        for name in list(state["rng"]):
             if f"rng.{name}" not in stored.state_dict_metadata:
-                del state["rng"][name]
+                del state["rng"][name]  # the world was smaller, or had no GPU
         dcp.load(state, checkpoint_id=str(directory))  # weights and generators in place
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         for name, generator in state["rng"].items():
@@ -234,7 +232,7 @@ def train_func(config: TrainConfig) -> None:
     """What every worker runs."""
     from tp2d_lib import loop  # here: the loop needs Ray, the engine does not
 
-    mesh = build_mesh(config.dp_size, config.tp_size)
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     engine = build_engine(config, mesh, parallelize, train_step)
     loader = build_dataloader(config, mesh)
     loop.run(engine, loader, config)

@@ -90,8 +90,8 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
     """
     connect()
-    use_gpu = check_resources(config)
     config = resolve(config)
+    use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
     trainer = TorchTrainer(
         lambda: train_func(config),
@@ -118,9 +118,10 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what is decided once per run: its name and its rows."""
+    """Fill in what is decided once per run: its device, its name and its rows."""
     return replace(
         config,
+        device=pick_device(config),
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
         prepared_data=str(data.prepare(config)),
     )
@@ -130,15 +131,18 @@ def storage_uri(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def check_resources(config: TrainConfig) -> bool:
-    """Whether the run uses GPUs; an error when the cluster has some, but too few."""
+def pick_device(config: TrainConfig) -> str:
+    """ "cuda" or "cpu"; too few GPUs are an error, unless the CPU was asked for."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < config.num_workers:
+    if config.device == "cpu" or (config.device == "auto" and gpus == 0):
+        return "cpu"
+    if gpus < config.num_workers:
         raise ConfigError(
             f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
-            f"GPUs; try tp_size and dp_size whose product is at most {gpus}"
+            f"GPUs; try tp_size and dp_size whose product is at most {gpus}, or "
+            "device='cpu'"
         )
-    for node in ray.nodes() if gpus else ():
+    for node in ray.nodes():
         here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
         if here % config.tp_size:
             print(
@@ -146,4 +150,4 @@ def check_resources(config: TrainConfig) -> bool:
                 f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
                 "where every layer waits for the network."
             )
-    return gpus > 0
+    return "cuda"

@@ -31,7 +31,8 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             metrics.log(step, rate, loader.position)
         if save:
             state = {"step": step, "position": loader.position}
-            checkpoint.commit(engine, {**state, "history": metrics.history})
+            state["history"] = metrics.history
+            checkpoint.commit(engine, state, config)
             metrics.reset()  # saving is not training: leave it out of the speed
     metrics.close()
     if config.export_to:

@@ -37,20 +37,19 @@ def coordinates(dp_size: int, tp_size: int) -> list[Coordinate]:
     ]
 
 
-def build_mesh(
-    dp_size: int, tp_size: int, device_type: str | None = None
-) -> DeviceMesh:
+def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceMesh:
     """Build the two-dimensional mesh over an initialised process group.
 
     Args:
         dp_size: rows; each row sees different data.
         tp_size: columns; the ranks of a row hold different parts of every layer.
-        device_type: "cuda" or "cpu"; the hardware of this machine by default.
+        device_type: "cuda", "cpu", or "auto" for what this machine has.
 
     Returns:
         A mesh of shape (dp_size, tp_size) with the names ("dp", "tp").
     """
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "auto":
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":  # a launcher shows each rank all GPUs, or its own only
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
