@@ -26,13 +26,16 @@ def demo_paths(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pools():
-    """``pools(n)``: n processes in one gloo group, started once for all tests."""
+    """``pools(n)``: n processes in one gloo group, started once for all tests.
+
+    Tests that name a group of their own share it with nobody else.
+    """
     started = {}
 
-    def pool(world_size: int) -> Pool:
-        if world_size not in started:
-            started[world_size] = Pool(world_size)
-        return started[world_size]
+    def pool(world_size: int, name: str = "") -> Pool:
+        if (world_size, name) not in started:
+            started[world_size, name] = Pool(world_size)
+        return started[world_size, name]
 
     yield pool
     for each in started.values():

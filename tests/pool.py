@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
+
+TIMEOUT_S = 120
 
 
 def serve(rank: int, world_size: int, store: str, pipe) -> None:
@@ -46,15 +49,21 @@ class Pool:
     def run(self, function, *args):
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() for pipe in self.pipes]
-        for good, value in answers:
-            if not good:
-                raise RuntimeError(value)
-        return [value for _, value in answers]
+        answers = {}
+        while len(answers) < len(self.pipes):
+            waiting = [pipe for pipe in self.pipes if pipe not in answers]
+            for pipe in wait(waiting, timeout=TIMEOUT_S):
+                good, answers[pipe] = pipe.recv()
+                if not good:  # the others may wait for this rank for ever
+                    raise RuntimeError(answers[pipe])
+            if not set(waiting) & set(answers):
+                raise TimeoutError(f"no rank answered within {TIMEOUT_S} s")
+        return [answers[pipe] for pipe in self.pipes]
 
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
             process.join(10)
+            process.kill()  # one that waits for a rank that failed
         self.folder.cleanup()

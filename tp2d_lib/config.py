@@ -74,6 +74,7 @@ class TrainConfig:
     warmup_ratio: float = setting(0.03, "share of the steps that warms up, 0 to 1")
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
+    zero_stage: int = setting(1, "DeepSpeed: what dp ranks share out, 0 to 3")
     seed: int = setting(42, "seed of the data order and of every rank")
     device: str = setting(
         "auto",
@@ -183,6 +184,8 @@ def check_values(config: TrainConfig) -> None:
             "seq_length=1 must be at least 2, because each token predicts the next; "
             "try 512"
         )
+    if config.zero_stage not in range(4):
+        raise ConfigError(f"zero_stage={config.zero_stage} must be 0, 1, 2 or 3; try 1")
     if not 0 < config.dataset_percentage <= 100:
         raise ConfigError(
             f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "

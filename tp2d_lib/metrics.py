@@ -14,6 +14,7 @@ from torch import nn
 
 from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import build_empty_model
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -85,7 +86,10 @@ class Metrics:
                 os.path.join(config.storage_path, config.run_name, "tensorboard"),
                 purge_step=step + 1,
             )
-        self.flops = flops_per_token(engine.model, config.seq_length)
+        self.peak = peak_flops(engine.device)
+        if self.peak:  # counted on the whole model, of which a rank may hold a part
+            whole = build_empty_model(config)
+            self.flops = flops_per_token(whole, config.seq_length)
         self.reset()
 
     def reset(self) -> None:
@@ -115,11 +119,10 @@ class Metrics:
             "step_time": seconds / len(self.losses),
             "peak_memory": memory,
         }
-        peak = peak_flops(self.engine.device)
-        if peak:
+        if self.peak:
             rows = len(self.losses) * self.config.global_batch_size
             done = rows * self.config.seq_length * self.flops
-            record["mfu"] = done / seconds / peak / dist.get_world_size()
+            record["mfu"] = done / seconds / self.peak / dist.get_world_size()
         self.history.append(record)
         if self.writer:
             for key in record.keys() - {"step", "position"}:

@@ -184,9 +184,27 @@ def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
     dcp.save(state, storage_writer=writer)
     if dist.get_rank() == 0:
         shutil.rmtree(directory / "sharded")
-        for part in (AutoConfig, AutoTokenizer, GenerationConfig):
-            with contextlib.suppress(OSError):  # not every model has the last
-                part.from_pretrained(
-                    config.model_name, revision=config.model_revision
-                ).save_pretrained(directory)
+        export_config(config, directory)
     dist.barrier()
+
+
+def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
+    """Write a whole state dict the way ``save_pretrained`` would; one rank calls."""
+    hf = load_model_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)
+    model.load_state_dict(
+        {name: tensor.to(model.dtype) for name, tensor in state.items()}, assign=True
+    )
+    model.tie_weights()
+    model.save_pretrained(directory)
+    export_config(config, directory)
+
+
+def export_config(config: TrainConfig, directory: Path) -> None:
+    """Write what belongs to a model beside its weights."""
+    for part in (AutoConfig, AutoTokenizer, GenerationConfig):
+        with contextlib.suppress(OSError, ValueError):  # not every model has them all
+            part.from_pretrained(
+                config.model_name, revision=config.model_revision
+            ).save_pretrained(directory)
