@@ -59,7 +59,11 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict:
 
 
 def build_engine(config: TrainConfig, mesh: DeviceMesh) -> AutoTPEngine:
-    """Load the model on every rank and let DeepSpeed cut it."""
+    """Load the model on every rank and let DeepSpeed cut it.
+
+    A process keeps the first mesh it was given: DeepSpeed holds it globally.
+    """
+    check(config, mesh.device_type)  # also for who did not ask in the driver
     torch.manual_seed(config.seed + dist.get_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if mesh.device_type == "cpu":  # an optional kernel that needs a C++ compiler
