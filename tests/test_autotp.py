@@ -4,9 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import reference
 from tests.models import write_model
-from tests.test_parity import MAX_GRAD_NORM, ROWS, SEQ, make_steps
+from tests.test_parity import (
+    MAX_GRAD_NORM,
+    ROWS,
+    SEQ,
+    make_steps,
+    share_of,
+    train_references,
+)
 from tp2d_lib.config import ConfigError, TrainConfig
 
 STAGES = (0, 1, 2, 3)
@@ -38,12 +44,8 @@ def train(config, rows, folder):
     from tp2d_lib.mesh import build_mesh
 
     mesh = build_mesh(config.dp_size, config.tp_size)
-    share = config.batch_size_per_gpu
-    mine = slice(share * mesh["dp"].get_local_rank(), None)
-    batches = [
-        [{"input_ids": i[mine][:share], "labels": t[mine][:share]} for i, t in step]
-        for step in make_steps(rows, config.gradient_accumulation_steps)
-    ]
+    steps = make_steps(rows, config.gradient_accumulation_steps)
+    batches = share_of(steps, mesh, config.batch_size_per_gpu)
     engine = build_engine(config, mesh)
     half = len(batches) // 2
     whole = [tuple(map(float, engine.step(batch))) for batch in batches[:half]]
@@ -74,20 +76,14 @@ def train_unchecked(config, rows, folder):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, demo_paths):
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return {name: write_model(name, folder) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def references(models):
-    return {
-        (name, *variant): reference.train(
-            path, variant[2], make_steps(*variant[:2]), MAX_GRAD_NORM
-        )
-        for name, path in models.items()
-        for variant in VARIANTS
-    }
+    return train_references(models, VARIANTS)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -31,6 +31,26 @@ def make_steps(rows: str, accumulation: int) -> list:
     return steps
 
 
+def share_of(steps: list, mesh, share: int) -> list:
+    """The micro-batches of this dp rank, as an engine takes them."""
+    mine = slice(share * mesh["dp"].get_local_rank(), None)
+    return [
+        [{"input_ids": i[mine][:share], "labels": t[mine][:share]} for i, t in step]
+        for step in steps
+    ]
+
+
+def train_references(models: dict, variants: list) -> dict:
+    """What reference.train returns, for each model and variant."""
+    return {
+        (name, *variant): reference.train(
+            path, variant[2], make_steps(*variant[:2]), MAX_GRAD_NORM
+        )
+        for name, path in models.items()
+        for variant in variants
+    }
+
+
 def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
     """Run by every rank: what reference.train returns, for each variant."""
     from tp2d_lib.config import TrainConfig
@@ -39,7 +59,6 @@ def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
 
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
     share = ROWS // dp_size
-    mine = slice(share * mesh["dp"].get_local_rank(), None)
     results = []
     for rows, accumulation, optimizer in variants:
         engine = build_engine(
@@ -59,13 +78,8 @@ def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
             mesh,
         )
         losses, norms = [], []
-        for step in make_steps(rows, accumulation):
-            loss, norm = engine.step(
-                [
-                    {"input_ids": i[mine][:share], "labels": t[mine][:share]}
-                    for i, t in step
-                ]
-            )
+        for batch in share_of(make_steps(rows, accumulation), mesh, share):
+            loss, norm = engine.step(batch)
             losses.append(float(loss))
             norms.append(float(norm))
         weights = {
@@ -84,13 +98,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(models):
-    return {
-        (name, *variant): reference.train(
-            path, variant[2], make_steps(*variant[:2]), MAX_GRAD_NORM
-        )
-        for name, path in models.items()
-        for variant in VARIANTS
-    }
+    return train_references(models, VARIANTS)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"tp{m[0]}-dp{m[1]}")

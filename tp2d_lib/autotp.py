@@ -17,6 +17,7 @@ import deepspeed
 from deepspeed.utils import safe_get_full_grad
 
 from tp2d_lib import model as models
+from tp2d_lib import rng
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
@@ -115,7 +116,7 @@ class AutoTPEngine:
             total += loss.detach()
             # DeepSpeed averages over dp and micro-batches; the sum is wanted.
             self.wrapped.backward(loss * dp.size() * len(batch))
-            if micro is batch[-1]:
+            if self.wrapped.is_gradient_accumulation_boundary():
                 norm = self.before_update()
             self.wrapped.step()
         dist.all_reduce(total, group=dp.get_group())
@@ -142,10 +143,7 @@ class AutoTPEngine:
         """Write DeepSpeed's checkpoint and this rank's generators; every rank calls."""
         directory = Path(directory)
         self.wrapped.save_checkpoint(str(directory), tag=TAG)
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        torch.save(states, directory / f"rng-{dist.get_rank()}.pt")
+        torch.save(rng.states(self.device), directory / f"rng-{dist.get_rank()}.pt")
         dist.barrier()
 
     def load(self, directory: str | Path) -> None:
@@ -154,10 +152,8 @@ class AutoTPEngine:
         path, _ = self.wrapped.load_checkpoint(str(directory), tag=TAG)
         if path is None:
             raise FileNotFoundError(f"{directory} must hold a DeepSpeed checkpoint")
-        states = torch.load(directory / f"rng-{dist.get_rank()}.pt", weights_only=True)
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"])
+        own = directory / f"rng-{dist.get_rank()}.pt"
+        rng.restore(torch.load(own, weights_only=True))
 
     def export(self, directory: str | Path) -> None:
         """Write plain safetensors, config and tokenizer; every rank calls.

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from tp2d_lib import model as models
+from tp2d_lib import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
@@ -191,16 +192,8 @@ class FSDPEngine:
         return {
             "model": models.own_state(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
-            "rng": self.random_state(),
+            f"rng{dist.get_rank()}": rng.states(self.device),  # each rank its own
         }
-
-    def random_state(self) -> dict[str, torch.Tensor]:
-        """This rank's generators, under names of its own."""
-        rank = dist.get_rank()
-        states = {f"cpu{rank}": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states[f"cuda{rank}"] = torch.cuda.get_rng_state()
-        return states
 
     def save(self, directory: str | Path) -> None:
         """Write the shards of model, optimizer and RNG; every rank calls."""
@@ -210,14 +203,13 @@ class FSDPEngine:
         """Read them back, on this mesh or another one; every rank calls."""
         state = self.state_dict()
         stored = dcp.FileSystemReader(str(directory)).read_metadata()
-        for name in list(state["rng"]):
-            if f"rng.{name}" not in stored.state_dict_metadata:
-                del state["rng"][name]  # the world was smaller, or had no GPU
+        own = f"rng{dist.get_rank()}"
+        for kind in list(state[own]):
+            if f"{own}.{kind}" not in stored.state_dict_metadata:
+                del state[own][kind]  # the world was smaller, or had no GPU
         dcp.load(state, checkpoint_id=str(directory))  # weights and generators in place
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-        for name, generator in state["rng"].items():
-            module = torch.cuda if name.startswith("cuda") else torch
-            module.set_rng_state(generator)
+        rng.restore(state[own])
 
     def export(self, directory: str | Path) -> None:
         """Write plain safetensors, config and tokenizer; every rank calls.
