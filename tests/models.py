@@ -7,8 +7,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 CONFIGS = {
@@ -18,12 +20,19 @@ CONFIGS = {
     # norms after the blocks, a scaled embedding, two kinds of rotary frequencies
     "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 64}),
 }
+# Not for the PyTorch engine: fused weights; no published plan at all.
+OTHERS = {
+    "phi3": (Phi3Config, {"tie_word_embeddings": False, "pad_token_id": 0}),
+    "phi3-tied": (Phi3Config, {"tie_word_embeddings": True, "pad_token_id": 0}),
+    "phi3-mha": (Phi3Config, {"num_key_value_heads": 8, "pad_token_id": 0}),
+    "stablelm": (StableLmConfig, {"tie_word_embeddings": False}),
+}
 VOCAB_SIZE = 509  # prime: no tp_size divides it
 
 
 def write_model(name: str, directory: Path, dtype=torch.float32, **overrides) -> str:
     """Write the architecture ``name`` with random weights; returns its path."""
-    kind, settings = CONFIGS[name]
+    kind, settings = {**CONFIGS, **OTHERS}[name]
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,

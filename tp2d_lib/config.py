@@ -75,6 +75,17 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
     zero_stage: int = setting(1, "DeepSpeed: what dp ranks share out, 0 to 3")
+    tp_preset: str | None = setting(
+        None,
+        "DeepSpeed: built-in rules of what is cut over tp; left out: the model's own",
+        ("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3"),
+    )
+    partition_config: dict | str | None = setting(
+        None, "DeepSpeed: rules of your own of what is cut over tp, as a JSON file"
+    )
+    vocab_parallel_lm_head: bool = setting(
+        True, "DeepSpeed: cut embedding, head and loss over the vocabulary"
+    )
     seed: int = setting(42, "seed of the data order and of every rank")
     device: str = setting(
         "auto",
@@ -83,8 +94,13 @@ class TrainConfig:
     )
     dtype: str = setting(
         "auto",
-        "compute type; auto: bfloat16 where the hardware has it, else float32",
-        ("auto", "bfloat16", "float32"),
+        "compute type; auto: bfloat16 where the hardware has it, else float32; "
+        "float16 (DeepSpeed) scales the loss",
+        ("auto", "bfloat16", "float32", "float16"),
+    )
+    bf16_master_weights: bool = setting(
+        False,
+        "DeepSpeed: bfloat16 masters and optimizer state; less memory, lost updates",
     )
     activation_checkpointing: bool = setting(
         False, "recompute each layer in backward instead of storing its activations"
@@ -118,8 +134,11 @@ class TrainConfig:
             object.__setattr__(self, "dataset_name", "Salesforce/wikitext")
         if self.dataset_name == "Salesforce/wikitext" and self.dataset_config is None:
             object.__setattr__(self, "dataset_config", "wikitext-2-raw-v1")
-        from tp2d_lib import model  # deferred: importing transformers takes seconds
+        from tp2d_lib import model, partition  # deferred: slow to import
 
+        object.__setattr__(
+            self, "partition_config", partition.read(self.partition_config)
+        )
         model.check_config(self)
         check_sequence(self)
 
@@ -197,7 +216,7 @@ def check_values(config: TrainConfig) -> None:
         )
     for f in fields(config):
         choices, value = f.metadata["choices"], getattr(config, f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ConfigError(
                 f"{f.name}={value!r} must be one of {', '.join(choices)}; "
                 f"try {closest(value, choices)}"

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from tp2d_lib import model as models
 from tp2d_lib import rng
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.plan import PlanError, check_whole_gradients, tensor_parallel_plan
@@ -34,10 +34,21 @@ def check(config: TrainConfig) -> None:
     """Find in the driver, on an empty model, what the workers could not cut.
 
     Raises:
+        ConfigError: a precision that only DeepSpeed trains in.
         PlanError: the model's plan does not cover it.
     """
+    check_precision(config)
     if config.tp_size > 1:
         tensor_parallel_plan(models.build_empty_model(config))
+
+
+def check_precision(config: TrainConfig) -> None:
+    for name, ours in (("dtype", "bfloat16"), ("bf16_master_weights", False)):
+        if getattr(config, name) in ("float16", True):
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} must be left to DeepSpeed, which "
+                f"scales the loss and rounds the masters; try {ours!r}"
+            )
 
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
@@ -151,6 +162,7 @@ def build_engine(
     No rank ever holds the whole model. A notebook brings its own ``parallelize`` and
     ``train_step``; left out, they are this file's.
     """
+    check_precision(config)
     torch.manual_seed(config.seed + dist.get_rank())
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
@@ -170,15 +182,16 @@ class FSDPEngine:
         self.model, self.optimizer = model, optimizer
         self.mesh, self.config, self.device = mesh, config, device
         self.step = partial(train_step, self)
-        self.precision = models.pick_dtype(config, device.type)[1]
+        self.notice = models.pick_dtype(config, device.type)[1]
         self.gradients_checked = False
 
     def check_first_gradients(self) -> None:
         """On the first step, compare whole gradients across the tp ranks."""
         if not self.gradients_checked:
             group = self.mesh.get_group("tp")
-            check_whole_gradients(self.whole_gradients(), group)
-            self.gradients_checked = True
+            self.gradients_checked = check_whole_gradients(
+                self.whole_gradients(), group
+            )
 
     def whole_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the parameters that are not cut over tp: the norms."""

@@ -16,7 +16,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     loader.position = state["position"]
     start, total = state["step"], state["step"] + loader.steps_left
     publish = progress.publisher(config.run_name)
-    publish({"notice": engine.precision})
+    publish({"notice": engine.notice})
     publish({"start": start, "total": total})
     metrics = Metrics(engine, config, start, state["history"], publish)
     for step, batch in enumerate(loader, start=start + 1):

@@ -90,7 +90,8 @@ def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]
         return getattr(torch, config.dtype), f"dtype={config.dtype} was asked for"
     if device_type != "cuda":
         return torch.float32, "no GPU: float32 throughout"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    here = torch.cuda.is_available()  # the driver of a cluster may have no GPU
+    if not here or torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "bfloat16 compute, float32 weights and reductions"
     name = torch.cuda.get_device_name()
     return torch.float32, f"{name} has no native bfloat16: float32 throughout"
@@ -103,8 +104,15 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
             load_model_config(config), dtype=torch.float32
         )
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each layer in backward instead of storing its activations."""
+    name = "activation_checkpointing_enable"  # its old name: transformers 5.20
+    old = "gradient_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else old)({"use_reentrant": False})
 
 
 def model_directory(config: TrainConfig) -> Path:

@@ -98,7 +98,7 @@ def gather_input(block: nn.Module) -> PrepareModuleInput:
     return PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
 
 
-def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> None:
+def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> bool:
     """Compare gradients that every tp rank holds whole; a difference stops the run.
 
     A parameter used inside a sharded region gets a partial gradient. When nobody sums
@@ -107,13 +107,18 @@ def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> None:
     Args:
         gradients: name -> this rank's gradient of a parameter not cut over tp.
         group: the tp process group.
+
+    Returns:
+        Whether there was something to compare: float16 may overflow at first.
     """
     if not gradients:
-        return
+        return True
     flat = torch.cat([g.detach().float().flatten() for g in gradients.values()])
     low, high = flat.clone(), flat.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    if not (low.isfinite().all() and high.isfinite().all()):
+        return False
     sizes = [g.numel() for g in gradients.values()]
     for name, lowest, highest in zip(
         gradients, low.split(sizes), high.split(sizes), strict=True
@@ -124,3 +129,4 @@ def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> None:
                 f"the gradient of {name!r} must be the same on every tp rank but "
                 f"differs by {apart:.3g}: the plan leaves it partial; try tp_size=1"
             )
+    return True

@@ -1,0 +1,261 @@
+"""What DeepSpeed cuts: rules of your own, a preset, the model's plan, or heuristics."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from torch import nn
+
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.plan import PlanError
+
+RULE_KEYS = {  # of DeepSpeed's TPLayerSpec, with the type of each value
+    "patterns": list,
+    "partition_type": str,
+    "shape": list,
+    "partition_dim": int,
+    "gather_output": bool,
+    "grad_allreduce": bool,
+    "model_types": list,
+}
+# Their fused weights keep a head's query, key and value together: plain columns.
+INTERLEAVED = ("bloom", "falcon", "gpt_neox")
+KINDS = ("column", "row", "skip")
+EXAMPLE = (
+    '{"layer_specs": [{"patterns": [".*o_proj.weight$"], "partition_type": "row"}]}'
+)
+
+
+def read(value: dict | str | None) -> dict | None:
+    """Rules as a dictionary, from one, from JSON text or from a JSON file.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unknown key, an empty rule.
+    """
+    if isinstance(value, str):
+        try:
+            if not value.lstrip().startswith("{"):
+                with open(os.path.expanduser(value), encoding="utf-8") as file:
+                    value = file.read()
+            value = json.loads(value)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"partition_config={value!r} must be a JSON file or JSON text "
+                f"({error}); try {EXAMPLE}"
+            ) from error
+    if value is not None:
+        check_keys("partition_config", value, ("use_default_specs", "layer_specs"))
+        for rule in value.get("layer_specs") or [None]:
+            check_rule(rule)
+    return value
+
+
+def check_rule(rule: Any) -> None:
+    """One entry of ``layer_specs``: known keys, right types, patterns that compile."""
+    check_keys("a rule of partition_config", rule, RULE_KEYS)
+    for key, value in rule.items():
+        if type(value) is not RULE_KEYS[key]:
+            raise ConfigError(
+                f"{key}={value!r} of a rule of partition_config must be "
+                f"{RULE_KEYS[key].__name__}; try {EXAMPLE}"
+            )
+    kind = rule.get("partition_type", "column")
+    if kind not in KINDS:
+        raise ConfigError(
+            f"partition_type={kind!r} of a rule of partition_config must be one of "
+            f"{', '.join(KINDS)}; try {closest(kind, KINDS)!r}"
+        )
+    for pattern in rule.get("patterns") or [None]:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ConfigError(
+                f"patterns={rule.get('patterns')!r} of a rule of partition_config must "
+                f"be regular expressions ({error}); try '.*o_proj\\.weight$'"
+            ) from error
+
+
+def check_keys(what: str, value: Any, known) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} must be an object, not {value!r}; try {EXAMPLE}")
+    for key in value:
+        if key not in known:
+            raise ConfigError(
+                f"{key!r} in {what} must be one of {', '.join(known)}; "
+                f"try {closest(key, known)!r}"
+            )
+
+
+def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]:
+    """Which source says what is cut, and its rules; None: DeepSpeed's heuristics.
+
+    The order is DeepSpeed's: your own rules and presets, then the model's plan, then
+    heuristics over module names.
+
+    Raises:
+        PlanError: the model's plan uses a style that DeepSpeed does not know.
+    """
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+
+    own, preset = config.partition_config, config.tp_preset
+    if own or preset:
+        chosen = TPTrainingConfig(partition_config=own, preset_model=preset)
+        rules = chosen.get_partition_config_object().layer_specs
+        if own is None:
+            return f"tp_preset={preset!r}", rules
+        if preset and own.get("use_default_specs", True):
+            return f"partition_config on top of tp_preset={preset!r}", rules
+        return "partition_config", rules
+    if not model.tp_plan:
+        return "DeepSpeed's heuristics", None
+    try:
+        return "the model's tp_plan", TPPlanConverter.convert(model.tp_plan)
+    except ValueError as error:
+        styles = ", ".join(sorted(set(model.tp_plan.values())))
+        raise PlanError(
+            f"the tp_plan of {type(model).__name__} must use styles that DeepSpeed "
+            f"knows, but has {styles}; try a tp_preset, or rules of your own in "
+            "partition_config"
+        ) from error
+
+
+def describe(model: nn.Module, config: TrainConfig) -> str:
+    """The log line: where the plan comes from, and what becomes of the vocabulary."""
+    if config.tp_size == 1:
+        return "tp_size=1: nothing is cut over tp"
+    cut = "cut" if config.vocab_parallel_lm_head else "not cut"
+    return f"cut by {find_rules(model, config)[0]}; vocabulary {cut}"
+
+
+def check(model: nn.Module, config: TrainConfig) -> None:
+    """Find, on an empty model, rules that match nothing or cut half of a pair.
+
+    Raises:
+        PlanError: names the rule or the module.
+    """
+    source, rules = find_rules(model, config)
+    if rules is None:
+        return
+    weights = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+    if source != "the model's tp_plan":  # which may name parts of larger siblings
+        check_every_rule_matches(source, rules, weights)
+    found = match(rules, weights, model.config.model_type)
+    check_vocabulary(source, found, model, config)
+    blocks: dict[str, dict] = {}
+    for weight, module in weights.items():
+        if (
+            isinstance(module, nn.Linear)
+            and module is not model.get_output_embeddings()
+        ):
+            parent, _, name = weight.removesuffix(".weight").rpartition(".")
+            blocks.setdefault(parent, {})[name] = (found.get(weight), module)
+    if not any(is_cut(rule) for block in blocks.values() for rule, _ in block.values()):
+        raise PlanError(f"{source} must cut at least one layer, but cuts none")
+    for name, block in blocks.items():
+        check_block(source, name, block, model.config)
+
+
+def check_every_rule_matches(source: str, rules: list, weights: dict) -> None:
+    for rule in rules:
+        for pattern in rule.patterns:
+            if not any(re.match(pattern, weight) for weight in weights):
+                near = closest(pattern, list(weights))
+                raise PlanError(
+                    f"{source}: the pattern {pattern!r} must match the name of a "
+                    f"weight, but matches none; a name of the model is {near!r}"
+                )
+
+
+def match(rules: list, weights: dict, model_type: str) -> dict:
+    """Weight name -> the first rule that matches it, as DeepSpeed chooses."""
+    found = {}
+    for weight in weights:
+        rule = next((rule for rule in rules if rule.matches(weight, model_type)), None)
+        if rule is not None:
+            found[weight] = rule
+    return found
+
+
+def check_vocabulary(source: str, found: dict, model: nn.Module, config: TrainConfig):
+    """Embedding and head are cut together, by ``vocab_parallel_lm_head``."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        rule = found.get(f"{name}.weight")
+        if module is embedding and is_cut(rule):
+            raise PlanError(
+                f"{source} must not cut {name!r}; vocab_parallel_lm_head=True cuts it "
+                "over the vocabulary"
+            )
+        local = module is head and is_cut(rule) and not is_row(rule)
+        if local and not (config.vocab_parallel_lm_head or rule.gather_output):
+            raise PlanError(
+                f"{source} must gather the output of {name!r}, or the loss would see a "
+                "part of the vocabulary; try gather_output=true, or "
+                "vocab_parallel_lm_head=True"
+            )
+
+
+def check_block(source: str, name: str, block: dict, hf) -> None:
+    """In a block that is cut, columns feed rows, and every Linear takes part."""
+    cut = {n: rule for n, (rule, _) in block.items() if is_cut(rule)}
+    if not cut:
+        return
+    whole = [n for n, (rule, _) in block.items() if rule is None]
+    rows = [n for n, rule in cut.items() if is_row(rule)]
+    for kind, missing in (("row", not rows), ("column", len(rows) == len(cut))):
+        if missing:
+            raise PlanError(
+                f"{source} must cut {name!r} by columns and by rows, but leaves out "
+                f"the {kind} half of {', '.join(cut)}; try a rule with partition_type "
+                f"{kind!r} for {', '.join(whole) or 'one of them'}"
+            )
+    if whole:
+        raise PlanError(
+            f"{source} must cut every Linear of {name!r} or none, but leaves "
+            f"{', '.join(whole)} whole beside {', '.join(cut)}"
+        )
+    if hf.model_type in INTERLEAVED:
+        return
+    into = block[rows[0]][1].in_features
+    for n in cut:
+        columns = block[n][1].out_features
+        parts = parts_of(columns, cut[n])
+        wanted = fused_parts(name, into, hf)
+        if n not in rows and columns == sum(wanted) and parts != wanted:
+            raise PlanError(
+                f"{source} must say that '{name}.{n}' is {len(wanted)} weights in one; "
+                f"try the shape {[wanted, -1]}"
+            )
+
+
+def parts_of(columns: int, rule) -> list[int]:
+    """Columns of each weight that a rule takes a weight to be made of."""
+    if sizes := rule.get_sub_param_sizes():
+        return list(sizes)
+    count = rule.get_num_sub_params() or 1
+    return [columns // count] * count
+
+
+def fused_parts(name: str, into: int, hf) -> list[int]:
+    """Columns of query, key, value in attention, or of gate and up in an MLP."""
+    if "att" not in name:
+        return [into, into]
+    head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    keys = head * (getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads)
+    return [into, keys, keys]
+
+
+def is_cut(rule) -> bool:
+    return rule is not None and rule.partition_type.value != "skip"
+
+
+def is_row(rule) -> bool:
+    return rule.partition_type.value == "row"

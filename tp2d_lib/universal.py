@@ -1,0 +1,70 @@
+"""DeepSpeed checkpoints on another mesh, by Universal Checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.constants import PARAM
+
+TAG = "universal"  # the folder of the converted files
+
+
+class ConversionError(RuntimeError):
+    """DeepSpeed's converter could not read a checkpoint."""
+
+
+@contextmanager
+def converted(checkpoint: Path) -> Iterator[Path]:
+    """A folder with the converted checkpoint, made once on every node; all ranks call.
+
+    Args:
+        checkpoint: the folder with DeepSpeed's own files.
+
+    Raises:
+        ConversionError: with the converter's last line.
+    """
+    node, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
+    folder = tempfile.mkdtemp(prefix="tp2d-universal-") if first else None
+    error = convert(checkpoint, Path(folder) / TAG) if first else None
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (node, folder, error))
+    try:
+        if errors := [error for _, _, error in answers if error]:
+            raise ConversionError(f"{checkpoint} must be convertible: {errors[0]}")
+        yield next(Path(f) for n, f, _ in answers if n == node and f)
+        dist.barrier()  # the others may still be reading
+    finally:
+        if folder:
+            shutil.rmtree(folder)
+
+
+def convert(source: Path, target: Path) -> str | None:
+    """Run DeepSpeed's converter; returns its last line when it fails."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(source), "--output_folder", str(target)),
+            "--inject_missing_state",  # a checkpoint without tp says less of itself
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+        for path in target.glob(f"zero/*/{kind}.pt"):
+            # Without tp, ZeRO 3 gives bare tensors, which its loader would not cut.
+            value = torch.load(path, weights_only=False)
+            if isinstance(value, torch.Tensor):
+                torch.save({PARAM: value}, path)
+    return None
