@@ -19,6 +19,7 @@ from tests.test_parity import (
 )
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.zero import deepspeed_config
 
 STAGES = (0, 1, 2, 3)
 VARIANTS = [("padded", 2, "adamw"), ("packed", 1, "sgd")]
@@ -150,23 +151,20 @@ def train_in(config, rows, scale_power=16):
         accelerator.is_fp16_supported,
         lambda _: True,
     )
-    original = autotp.deepspeed_config
 
-    def with_scale(*args):
-        settings = original(*args)
+    def with_scale(config):
+        settings = deepspeed_config(config)
         settings["fp16"]["initial_scale_power"] = scale_power
         return settings
 
-    autotp.deepspeed_config = with_scale
     try:
         mesh = build_mesh(config.dp_size, config.tp_size)
-        engine = autotp.build_engine(config, mesh)
+        engine = autotp.build_engine(config, mesh, with_scale)
         steps = make_steps(rows, config.gradient_accumulation_steps)
         batches = share_of(steps, mesh, config.batch_size_per_gpu)
         got = [tuple(map(float, engine.step(batch))) for batch in batches]
     finally:
         accelerator.is_fp16_supported = supported
-        autotp.deepspeed_config = original
     state = engine.optimizer.state.values()
     size = sum(t.nbytes for s in state for t in s.values() if t.numel() > 1)
     scale = getattr(engine.optimizer, "loss_scale", None)

@@ -134,11 +134,9 @@ class TrainConfig:
             object.__setattr__(self, "dataset_name", "Salesforce/wikitext")
         if self.dataset_name == "Salesforce/wikitext" and self.dataset_config is None:
             object.__setattr__(self, "dataset_config", "wikitext-2-raw-v1")
-        from tp2d_lib import model, partition  # deferred: slow to import
+        from tp2d_lib import model, rules  # deferred: slow to import
 
-        object.__setattr__(
-            self, "partition_config", partition.read(self.partition_config)
-        )
+        object.__setattr__(self, "partition_config", rules.read(self.partition_config))
         model.check_config(self)
         check_sequence(self)
 

@@ -84,6 +84,13 @@ def sliding_window(hf: PretrainedConfig) -> int | None:
     return getattr(hf, "sliding_window", None) if slides else None
 
 
+def device_type(config: TrainConfig) -> str:
+    """ "cuda" or "cpu": what ``device`` asks for, or what is here."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
 def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]:
     """The compute type and the reason for it; weights and reductions stay float32."""
     if config.dtype != "auto":

@@ -16,7 +16,38 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM
 
+from tp2d_lib.config import ConfigError, TrainConfig
+
 TAG = "universal"  # the folder of the converted files
+LAYOUT = ("tp_size", "dp_size", "zero_stage")
+PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
+
+
+def layout(config: TrainConfig) -> dict:
+    """What decides the form of DeepSpeed's files; another one needs converting."""
+    names = LAYOUT + (PLAN if config.tp_size > 1 else ())
+    return {name: getattr(config, name) for name in names}
+
+
+def check(stored: dict, config: TrainConfig, directory: Path) -> None:
+    """Universal Checkpoint knows AdamW's state, as ZeRO 1 and 2, or 3, write it.
+
+    Raises:
+        ConfigError: what of the configuration it cannot follow.
+    """
+    before, now = stored["zero_stage"], config.zero_stage
+    wrote = ", ".join(f"{name}={stored[name]}" for name in LAYOUT)
+    if config.optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer={config.optimizer!r} must be 'adamw' to load {directory} in "
+            f"another layout than its own, {wrote}"
+        )
+    if not before or not now or (before == 3) != (now == 3):
+        raise ConfigError(
+            f"zero_stage={now} cannot load {directory}, written with {wrote}: "
+            "Universal Checkpoint converts among stages 1 and 2, and 3 to 3; "
+            f"try zero_stage={before} on the same mesh"
+        )
 
 
 class ConversionError(RuntimeError):
