@@ -324,9 +324,63 @@ def one_step() -> Figure:
     return fig
 
 
+PARTS = ("gate, first half", "gate, second half", "up, first half", "up, second half")
+
+
+def draw_fused(fig: Figure, y: int, owners: tuple[int, ...], *lines: str) -> None:
+    """A fused weight whose four parts go to `owners`, and what each of them gets."""
+    width, height = 150, 44
+    fig.text(20, y, lines[0], look="left bold")
+    fig.text(20, y + 20, *lines[1:], look="left small")
+    fig.text(20, y + 68, "whole", look="left")
+    for i, (part, owner) in enumerate(zip(PARTS, owners, strict=True)):
+        fig.rect(100 + i * width, y + 46, width, height, TP_COLOURS[owner])
+        fig.text(100 + (i + 0.5) * width, y + 68, part, look="small")
+    for tp_rank in (0, 1):
+        left = 100 + 2 * width * tp_rank
+        own = [
+            part for part, owner in zip(PARTS, owners, strict=True) if owner == tp_rank
+        ]
+        fig.text(left + width, y + 116, f"tp_rank {tp_rank} holds", look="small")
+        for i, part in enumerate(own):
+            fig.rect(left + i * width, y + 130, width, height, TP_COLOURS[tp_rank])
+            fig.text(left + (i + 0.5) * width, y + 152, part, look="small")
+
+
+def fused_weights() -> Figure:
+    """Two weights in one matrix, tp_size 2
+
+    gate_up_proj holds gate and up, one after the other. Cut in the middle, tp_rank 0
+    gets all of gate and tp_rank 1 all of up: a forward that takes the first half for
+    gate is wrong on both. Cut part by part, each rank gets half of gate and half of up.
+    """
+    fig = Figure(720, 470, fused_weights.__doc__)
+    draw_fused(
+        fig,
+        64,
+        (0, 0, 1, 1),
+        "Without a shape: cut in the middle",
+        "Each rank multiplies gate by gate, or up by up. No error, wrong numbers.",
+    )
+    draw_fused(
+        fig,
+        266,
+        (0, 1, 0, 1),
+        "With shape [2, -1]: each part is cut by itself",
+        "Each rank multiplies its half of gate by its half of up.",
+    )
+    return fig
+
+
 def figures() -> dict[str, str]:
     """The text of every figure, by file name."""
-    draw = (device_mesh, column_row_parallel, two_dimensional, one_step)
+    draw = (
+        device_mesh,
+        column_row_parallel,
+        two_dimensional,
+        one_step,
+        fused_weights,
+    )
     return {f"{function.__name__}.svg": function().svg() for function in draw}
 
 

@@ -139,11 +139,3 @@ def tp_bytes(
     """
     ring = (tp_size - 1) / tp_size
     return layers * (2 + columns) * tokens * hidden * itemsize * 2 * ring
-
-
-def crossing_tokens(
-    parameters: int, layers: int, hidden: int, tp_size: int, dp_size: int
-) -> float:
-    """Tokens a dp rank reads in a micro-batch at which both send the same (bf16)."""
-    per_token = tp_bytes(layers, hidden, 1, tp_size)
-    return fsdp_bytes(parameters, tp_size, dp_size) / per_token

@@ -1,9 +1,29 @@
-"""What a DeepSpeed rank holds: bytes of weights, gradients and optimizer state."""
+"""What a rank holds: bytes of weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
 import torch
 from deepspeed.utils import safe_get_local_grad
+from torch.distributed.tensor import DTensor
+
+
+def fsdp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
+    """The same three for the PyTorch engine; gradients are taken before the update."""
+    held = {"parameters": total(local(engine.model.parameters()))}
+    hook = engine.optimizer.register_step_pre_hook(
+        lambda *_: held.update(
+            gradients=total(local(p.grad for p in engine.model.parameters()))
+        )
+    )
+    engine.step(batch)
+    hook.remove()
+    state = engine.optimizer.state.values()
+    held["optimizer"] = total(local(t for entry in state for t in entry.values()))
+    return held
+
+
+def local(values) -> list[torch.Tensor]:
+    return [v.to_local() if isinstance(v, DTensor) else v for v in values]
 
 
 def rank_bytes(engine, batch: list[dict]) -> dict[str, int]:

@@ -22,6 +22,7 @@ STYLE = {
     "axes.prop_cycle": plt.cycler(color=COLOURS),
     "legend.frameon": False,
 }
+ON_EACH_OTHER = ({"linewidth": 6, "alpha": 0.35}, {"linewidth": 1.8})
 
 
 def training(history: Sequence[dict]) -> plt.Figure:
@@ -43,8 +44,7 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
     """Loss curves of two runs in one plot, with the accident marked."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
-        styles = ({"linewidth": 6, "alpha": 0.35}, {"linewidth": 1.8})
-        for (label, history), style in zip(runs.items(), styles, strict=True):
+        for (label, history), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
             steps = [record["step"] for record in history]
             axes.plot(
                 steps, [record["loss"] for record in history], label=label, **style
@@ -58,33 +58,74 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
     return figure
 
 
+def curves(runs: dict[str, Sequence[dict]]) -> plt.Figure:
+    """Loss curves of two runs, the first one broad so that the second shows on it."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        for (label, history), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
+            steps = [record["step"] for record in history]
+            values = [record["loss"] for record in history]
+            axes.plot(steps, values, label=label, **style)
+        axes.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
+        axes.legend()
+    plt.close(figure)  # shown by the notebook, once
+    return figure
+
+
+def memory(held: dict[tuple[str, int], dict[str, int]]) -> plt.Figure:
+    """Stacked bars of the bytes a rank holds, for each (mesh, ZeRO stage)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        places = [i + i // 4 for i in range(len(held))]  # a gap between meshes
+        bottom = [0.0] * len(held)
+        for kind in next(iter(held.values())):
+            sizes = [row[kind] / 1e6 for row in held.values()]
+            axes.bar(places, sizes, bottom=bottom, label=kind)
+            bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+        names = [f"ZeRO {stage}" for _, stage in held]
+        axes.set_xticks(places, names, fontsize=8)
+        for index, mesh in enumerate(dict.fromkeys(mesh for mesh, _ in held)):
+            axes.text(5 * index + 1.5, max(bottom) * 1.04, mesh, ha="center")
+        axes.set_ylim(top=max(bottom) * 1.15)
+        axes.set(ylabel="MB of a rank")
+        axes.grid(visible=False, axis="x")
+        axes.legend()
+    plt.close(figure)  # shown by the notebook, once
+    return figure
+
+
 def traffic(
-    parameters: int, layers: int, hidden: int, tp_size: int, dp_size: int, batches
+    layers: int,
+    hidden: int,
+    tp_size: int,
+    batches: Sequence[int],
+    sharded: float,
+    label: str,
+    columns: int = 2,
 ) -> plt.Figure:
-    """Bytes a rank sends in one step over tp and over dp, against sequence length.
+    """Bytes a rank sends in one step over tp, or by sharding, against sequence length.
 
     Args:
-        parameters, layers, hidden: sizes of the model.
-        tp_size, dp_size: the mesh.
+        layers, hidden: sizes of the model.
         batches: rows a dp rank reads in a step; one tensor-parallel line for each.
+        sharded: bytes sent by sharded data parallelism, whatever the length.
+        label: what that line is called.
+        columns: all-reduces of a layer in backward, as in ``comm.tp_bytes``.
     """
+    per_token = comm.tp_bytes(layers, hidden, 1, tp_size, columns=columns)
     lengths = [256 * 2**i for i in range(8)]
     gb = 1e9
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
-        sharded = comm.fsdp_bytes(parameters, tp_size, dp_size) / gb
-        axes.axhline(sharded, color="black", label=f"fully sharded, dp_size={dp_size}")
+        axes.axhline(sharded / gb, color="black", label=label)
         for batch in batches:
-            sent = [
-                comm.tp_bytes(layers, hidden, batch * length, tp_size) / gb
-                for length in lengths
-            ]
+            sent = [per_token * batch * length / gb for length in lengths]
             axes.plot(
                 lengths, sent, marker="o", markersize=3, label=f"tp, batch {batch}"
             )
-        crossing = comm.crossing_tokens(parameters, layers, hidden, tp_size, dp_size)
         for batch in batches:
-            axes.plot(crossing / batch, sharded, "o", color="black", markersize=6)
+            crossing = sharded / per_token / batch
+            axes.plot(crossing, sharded / gb, "o", color="black", markersize=6)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlim(lengths[0], lengths[-1])
@@ -92,7 +133,7 @@ def traffic(
         axes.set(
             xlabel="sequence length (tokens)",
             ylabel="GB sent by a rank in a step",
-            title=f"Traffic of a step, tp_size={tp_size}, dp_size={dp_size}, bf16",
+            title=f"Traffic of a step, tp_size={tp_size}, bfloat16",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)  # shown by the notebook, once

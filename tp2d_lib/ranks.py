@@ -17,6 +17,8 @@ class Rank:
 
     def __init__(self, rank: int, world_size: int):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they explore on CPU everywhere
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
         self.here = SimpleNamespace(rank=rank, world_size=world_size)
 
     def address(self) -> tuple[str, int]:
