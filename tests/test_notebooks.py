@@ -1,5 +1,6 @@
 """The notebooks run as they are, prove what they say, and render completely."""
 
+import functools
 import json
 import re
 from html.parser import HTMLParser
@@ -17,13 +18,15 @@ from tp2d_lib.config import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FSDP = ROOT / "notebooks" / "fsdp2_dtensor.ipynb"
+AUTOTP = ROOT / "notebooks" / "deepspeed_autotp.ipynb"
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def read(path):
     return nbformat.read(path, as_version=4)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@each
 def test_committed_clean_and_readable(path):
     for cell in read(path).cells:
         if cell.cell_type == "code":
@@ -34,7 +37,7 @@ def test_committed_clean_and_readable(path):
             assert max(map(len, lines)) <= 88
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@each
 def test_mirrored_cells_equal_the_library(path, tmp_path):
     assert sync_notebooks.sync(path, check=True) == []
     edited = read(path)
@@ -47,18 +50,22 @@ def test_mirrored_cells_equal_the_library(path, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook, run by papermill with its own defaults; and its build folder."""
-    build = tmp_path_factory.mktemp("build")
-    return read(run_notebooks.execute(FSDP, build, {})), build
+def execute(tmp_path_factory):
+    """A notebook run by papermill with its own defaults, once; and its build folder."""
+
+    @functools.cache
+    def run(path):
+        build = tmp_path_factory.mktemp("build")
+        return read(run_notebooks.execute(path, build, {})), build
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def printed(executed):
-    """Everything the notebook printed, in order."""
+def printed(notebook) -> str:
+    """Everything a notebook printed, in order."""
     outputs = [
         output
-        for cell in executed[0].cells
+        for cell in notebook.cells
         if cell.cell_type == "code"
         for output in cell.outputs
     ]
@@ -71,8 +78,9 @@ def number(pattern: str, text: str) -> float:
     return float(found)
 
 
-def test_every_cell_ran_without_noise(executed):
-    for cell in executed[0].cells:
+@each
+def test_every_cell_ran_without_noise(path, execute):
+    for cell in execute(path)[0].cells:
         if cell.cell_type != "code":
             continue
         assert cell.execution_count, cell.source
@@ -83,47 +91,39 @@ def test_every_cell_ran_without_noise(executed):
             assert "Warning" not in output.get("text", "") + plain
 
 
-def test_four_ranks_say_who_they_are(printed):
-    seen = re.findall(r"^(\d) +\d+ +(\d) +(\d) +\[", printed, re.MULTILINE)
+@each
+def test_four_ranks_say_who_they_are(path, execute):
+    text = printed(execute(path)[0])
+    seen = re.findall(r"^(\d) +\d+ +(\d) +(\d) +\[", text, re.MULTILINE)
     assert seen == [("0", "0", "0"), ("1", "0", "1"), ("2", "1", "0"), ("3", "1", "1")]
 
 
-def test_fingerprints_follow_the_dp_rank(printed):
-    rows = re.findall(r"\(2, 128\) +([0-9a-f]{8})", printed)
+@each
+def test_fingerprints_follow_the_dp_rank(path, execute):
+    rows = re.findall(r"\(2, 128\) +([0-9a-f]{8})", printed(execute(path)[0]))
     assert len(rows) == 4
     assert rows[0] == rows[1] != rows[2] == rows[3]
 
 
-def test_the_mistake_is_measured(printed):
-    assert number(r"dp_rank +\d\.\d+ +", printed) < 1e-5
-    assert number(r"world rank +\d\.\d+ +", printed) > 0.1
-
-
-def test_parity_with_one_process(printed):
-    assert number("difference of the losses:", printed.split("another")[0]) < 1e-5
-    assert number("difference of any weight:", printed) < 1e-3
-
-
-def test_bytes_measured_beside_the_formulas(printed):
-    ratios = re.findall(r"^(?:dp|tp) +[\d,]+ +[\d,]+ +([\d.]+)$", printed, re.MULTILINE)
-    assert len(ratios) == 2
-    assert all(0.5 < float(ratio) < 1.5 for ratio in ratios)
-
-
-def test_the_model_learned(printed):
-    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+) in", printed).groups()
+@each
+def test_the_model_learned(path, execute):
+    text = printed(execute(path)[0])
+    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+) in", text).groups()
     assert float(last) < float(first) - 0.5
 
 
-def test_resume_after_sigkill_is_exact(executed, printed):
-    assert "died" in printed  # Ray saw the worker go
-    assert number("of the two loss curves:", printed) == 0
-    same, files = re.search(r"(\d+) of (\d+) shard files", printed).groups()
-    assert same == files == "4"
+@each
+def test_resume_after_sigkill_is_exact(path, execute):
+    text = printed(execute(path)[0])
+    assert "died" in text  # Ray saw the worker go
+    assert number("of the two loss curves:", text) == 0
+    same, of = re.search(r"(\d+) of (\d+) (?:shard files|tensors)", text).groups()
+    assert same == of == {FSDP: "4", AUTOTP: "70"}[path]
 
 
-def test_tensorboard_has_one_clean_curve(executed):
-    (run,) = (executed[1] / "runs").glob("*-accident")
+@each
+def test_tensorboard_has_one_clean_curve(path, execute):
+    (run,) = (execute(path)[1] / "runs").glob("*-accident")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == list(range(1, 41))
@@ -131,15 +131,87 @@ def test_tensorboard_has_one_clean_curve(executed):
     assert len(attempts) == 2  # there were two writers
 
 
-def test_another_mesh_and_export(printed):
-    assert number("relative difference of the losses:", printed.split("dp 4")[1]) < 1e-5
-    assert number("largest difference of the logits:", printed) < 1e-4
+@each
+def test_another_mesh_and_export(path, execute):
+    moved = printed(execute(path)[0]).split("on dp 4 x tp 1")[1]
+    assert number("relative difference of the losses:", moved) < 1e-5
+    assert number("largest difference of the logits:", moved) < 1e-4
 
 
-def test_summary_repeats_the_figures(executed):
-    text = run_notebooks.summary(executed[1] / "notebooks" / FSDP.name)
+@each
+def test_summary_repeats_the_figures(path, execute):
+    text = run_notebooks.summary(execute(path)[1] / "notebooks" / path.name)
     for what in ("preset", "loss", "parity", "resume error", "tokens/s"):
         assert what in text
+
+
+def test_the_mistake_is_measured(execute):
+    text = printed(execute(FSDP)[0])
+    assert number(r"dp_rank +\d\.\d+ +", text) < 1e-5
+    assert number(r"world rank +\d\.\d+ +", text) > 0.1
+
+
+def test_parity_with_one_process(execute):
+    text = printed(execute(FSDP)[0])
+    assert number("difference of the losses:", text.split("another")[0]) < 1e-5
+    assert number("difference of any weight:", text) < 1e-3
+
+
+def test_bytes_measured_beside_the_formulas(execute):
+    text = printed(execute(FSDP)[0])
+    ratios = re.findall(r"^(?:dp|tp) +[\d,]+ +[\d,]+ +([\d.]+)$", text, re.MULTILINE)
+    assert len(ratios) == 2
+    assert all(0.5 < float(ratio) < 1.5 for ratio in ratios)
+
+
+def test_autotp_replaced_every_matrix(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert len(re.findall(r"LinearLayer \(", text)) == 5
+    assert len(re.findall(r"LinearAllreduce \(", text)) == 2
+    assert "VocabParallelEmbedding (1024, 192)" in text
+    assert "cut by the model's tp_plan; vocabulary cut" in text
+
+
+def test_wrong_rows_are_seen_only_at_first(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert "wrong rows in forward 1: Data inconsistency" in text
+    assert "wrong rows in forward 2: accepted" in text
+    right, wrong = re.search(r"loss ([\d.]+), read wrongly ([\d.]+)", text).groups()
+    assert abs(float(right) - float(wrong)) > 1e-4
+
+
+def test_a_fused_model_is_cut_by_own_rules(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert len(re.findall(r"try the shape \[\[192, 96, 96\], -1\]", text)) == 2
+    assert number("in one process [\\d.]+: error", text) < 1e-5
+
+
+def test_every_zero_stage_equals_one_process(execute):
+    text = printed(execute(AUTOTP)[0])
+    errors = re.findall(r"ZeRO \d x tp 2: largest relative difference (\S+)", text)
+    assert len(errors) == 4
+    assert all(float(error) < 1e-5 for error in errors)
+
+
+def test_zero_bytes_fall_and_follow_the_formulas(execute):
+    text = printed(execute(AUTOTP)[0]).replace(",", "")
+    line = r"^tp (\d) x dp (\d) +(\d) +(\d+) +(\d+) +(\d+) +(\d+)"
+    rows = [list(map(int, row)) for row in re.findall(line + "$", text, re.MULTILINE)]
+    assert len(rows) == 8
+    for mesh in (rows[:4], rows[4:]):
+        sums = [row[-1] for row in mesh]
+        assert sums == sorted(sums, reverse=True)
+        assert len(set(sums)) == 4
+    rows = re.findall(line + r" +(\d+)$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for *_, dp, dp_said, tp, tp_said, _ in (map(int, row) for row in rows):
+        assert dp == pytest.approx(dp_said, rel=1e-3)
+        assert tp_said <= tp <= 1.2 * tp_said
+
+
+def test_both_engines_train_the_same(execute):
+    text = printed(execute(AUTOTP)[0]).split("on dp 4 x tp 1")[0]
+    assert number("relative difference of the losses:", text) < 1e-5
 
 
 class Images(HTMLParser):
@@ -157,20 +229,20 @@ class Images(HTMLParser):
             self.scripts.append(attrs.get("src") or attrs.get("href"))
 
 
-def test_renders_with_every_image_in_place(executed):
-    html, markdown = run_notebooks.render(
-        executed[1] / "notebooks" / FSDP.name, executed[1]
-    )
+@each
+def test_renders_with_every_image_in_place(path, execute):
+    build = execute(path)[1]
+    html, markdown = run_notebooks.render(build / "notebooks" / path.name, build)
     page = Images()
     page.feed(html.read_text())
     files = [src for src, _ in page.images if not src.startswith("data:")]
-    assert len(files) == 4  # the four figures
-    assert len(page.images) >= 7  # and the plots
+    assert len(files) == {FSDP: 4, AUTOTP: 3}[path]  # the figures
+    assert len(page.images) >= len(files) + 3  # and the plots
     assert all((html.parent / src).is_file() for src in files)
     assert all(len(alt) > 20 for src, alt in page.images if src in files)
     assert page.scripts == []  # complete without a network
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown.read_text())
-    assert len(links) >= 7
+    assert len(links) == len(page.images)
     assert all((markdown.parent / link).is_file() for link in links)
 
 
@@ -187,8 +259,9 @@ def test_parameters_by_hand_are_not_checked():
         notebook.check_parameters([own, "# Parameters\nDP_SIZ = 4"])
 
 
-def test_history_is_in_the_last_checkpoint(executed):
-    (run,) = (executed[1] / "runs").glob("*-accident")
+@each
+def test_history_is_in_the_last_checkpoint(path, execute):
+    (run,) = (execute(path)[1] / "runs").glob("*-accident")
     state = json.loads((run / "checkpoint-000040" / "trainer_state.json").read_text())
     assert [record["step"] for record in state["history"]] == list(range(1, 41))
     assert state["position"] == 40 * 8

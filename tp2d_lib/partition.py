@@ -155,8 +155,8 @@ def check_block(source: str, name: str, block: dict, hf) -> None:
         wanted = fused_parts(name, into, hf)
         if n not in rows and columns == sum(wanted) and parts != wanted:
             raise PlanError(
-                f"{source} must say that '{name}.{n}' is {len(wanted)} weights in one; "
-                f"try the shape {[wanted, -1]}"
+                f"{source} must cut '{name}.{n}' as the {len(wanted)} weights that it "
+                f"is, {wanted}, not as {parts}; try the shape {[wanted, -1]}"
             )
 
 

@@ -89,7 +89,7 @@ def memory(held: dict[tuple[str, int], dict[str, int]]) -> plt.Figure:
         axes.set_ylim(top=max(bottom) * 1.15)
         axes.set(ylabel="MB of a rank")
         axes.grid(visible=False, axis="x")
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)  # shown by the notebook, once
     return figure
 
