@@ -12,6 +12,7 @@ import os
 # Before anything imports torch or huggingface_hub; the processes started here inherit.
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
+    DS_ACCELERATOR="cpu",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",  # transformers follows it
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
@@ -57,6 +58,8 @@ def join(rank: int, world_size: int, threads: int, store: str) -> None:
     """The first thing each process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     torch.set_num_threads(threads)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
@@ -143,6 +146,22 @@ def mesh_training(
 
 
 @cache
+def autotp_training(storage: str, stage: int, overlap: bool = True) -> Training:
+    """DeepSpeed on the dp2 x tp2 mesh; a process keeps the first mesh it was given."""
+    from tp2d_lib import autotp, zero
+
+    def settings(config: TrainConfig) -> dict:
+        written = zero.deepspeed_config(config)
+        written["tensor_parallel"]["tp_overlap_comm"] = overlap
+        return written
+
+    config = bench_config(storage, 2, 2, zero_stage=stage)
+    mesh = build_mesh(2, 2)
+    engine = autotp.build_engine(config, mesh, settings)
+    return engine.step, iter(data.build_dataloader(config, mesh))
+
+
+@cache
 def plain_training(storage: str) -> Training:
     """What one writes without this project, with the same rows and settings."""
     config = bench_config(storage, dp_size=1, tp_size=1)
@@ -165,9 +184,6 @@ def compare_steps(rounds: int, storage: str) -> Table:
     fp32. The plain loop is transformers and torch AdamW.
     """
 
-    def step_time(run: Callable, build: Callable, *args) -> float:
-        return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
-
     with processes(4, threads=1) as ranks, processes(1, threads=CORES) as one:
         alone = partial(step_time, one, plain_training, storage)
         measures = {f"one process x {CORES} threads, plain loop": alone}
@@ -178,8 +194,28 @@ def compare_steps(rounds: int, storage: str) -> Table:
         return "ms a step", alternate(rounds, measures)
 
 
+def step_time(run: Callable, build: Callable, *args) -> float:
+    """Milliseconds of a step, on the slowest rank."""
+    return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
+
+
+def compare_engines(rounds: int, storage: str) -> Table:
+    """2. The two engines: one optimizer step on the same 8 rows of 128 tokens, demo
+    model, fp32, the same dp2 x tp2 mesh of 4 processes x 1 thread.
+    """
+    with processes(4, threads=1) as ranks:
+        time_of = partial(partial, step_time, ranks)
+        measures = {"FSDP2 + DTensor": time_of(mesh_training, storage, 2, 2)}
+        for stage in range(4):
+            measures[f"AutoTP, ZeRO {stage}"] = time_of(autotp_training, storage, stage)
+        no_overlap = time_of(autotp_training, storage, 1, False)
+        measures["AutoTP, ZeRO 1, no tp_overlap_comm"] = no_overlap
+        alternate(1, measures)  # the first steps are slow
+        return "ms a step", alternate(rounds, measures)
+
+
 def compare_packing(rounds: int, storage: str) -> Table:
-    """2. Packing: tokens that are not padding, trained on in a second by the dp2 x tp2
+    """3. Packing: tokens that are not padding, trained on in a second by the dp2 x tp2
     mesh; same corpus, 8 rows of 128 a step. Padded rows drop what does not fit.
     """
 
@@ -212,7 +248,7 @@ def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> floa
 
 
 def compare_data(rounds: int, storage: str) -> Table:
-    """3. Data preparation: data.prepare of ten times the demo corpus, into an empty
+    """4. Data preparation: data.prepare of ten times the demo corpus, into an empty
     cache; once for the whole run, against once in every worker.
     """
     dataset = f"{storage}/long"
@@ -267,6 +303,13 @@ def load_sharded(storage: str, model_dir: str) -> torch.nn.Module:
     return build_engine(config, build_mesh(2, 2)).model
 
 
+def load_autotp(storage: str, model_dir: str) -> torch.nn.Module:
+    from tp2d_lib import autotp
+
+    config = bench_config(storage, 2, 2, model_name=model_dir)
+    return autotp.build_engine(config, build_mesh(2, 2)).model
+
+
 def load(loader: Callable, storage: str, model_dir: str) -> tuple[int, int]:
     """Growth while loading, and until every weight has been written once."""
     loader(storage, f"{storage}/demo/model")  # so that no import is counted
@@ -280,7 +323,7 @@ def load(loader: Callable, storage: str, model_dir: str) -> tuple[int, int]:
 
 
 def compare_memory(rounds: int, storage: str) -> Table:
-    """4. Memory: highest growth of a process's anonymous memory while it loads a model
+    """5. Memory: highest growth of a process's anonymous memory while it loads a model
     of 466 MB, fp32. from_pretrained only maps the file; its memory grows when weights
     are written, as the first optimizer step does. At most 3 rounds.
     """
@@ -295,7 +338,8 @@ def compare_memory(rounds: int, storage: str) -> Table:
 
     measures = {
         "one process, from_pretrained": partial(largest, 1, load_whole),
-        "largest rank of dp2 x tp2, build_engine": partial(largest, 4, load_sharded),
+        "largest rank of dp2 x tp2, FSDP2": partial(largest, 4, load_sharded),
+        "largest rank of dp2 x tp2, AutoTP": partial(largest, 4, load_autotp),
     }
     values = alternate(min(rounds, 3), measures)  # slow to start, and hardly varies
     return "x the whole model", {
@@ -317,6 +361,7 @@ def write_large_model(directory: str) -> int:
 
 COMPARISONS = {
     "steps": compare_steps,
+    "engines": compare_engines,
     "packing": compare_packing,
     "data": compare_data,
     "memory": compare_memory,
@@ -339,7 +384,7 @@ def main() -> None:
         print(f"{CORES} cores; median (lowest-highest) of {options.rounds} rounds")
         for name in chosen:
             if name == "memory" and not STATUS.exists():
-                print(f"\n4. Memory: skipped, this platform has no {STATUS}")
+                print(f"\n5. Memory: skipped, this platform has no {STATUS}")
                 continue
             compare = COMPARISONS[name]
             report(compare.__doc__.rstrip(), *compare(options.rounds, storage))
