@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test bench sync figures clean
 
-demo: .venv/installed  ## execute the notebook, render it, print what it proved
+demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
 
 test: .venv/installed  ## lint, then every test; offline

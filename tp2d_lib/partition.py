@@ -62,6 +62,8 @@ def check(model: nn.Module, config: TrainConfig) -> None:
         PlanError: names the rule or the module.
     """
     source, rules = find_rules(model, config)
+    if config.vocab_parallel_lm_head:
+        check_vocabulary_can_be_cut(model)
     if rules is None:
         return
     weights = {
@@ -85,6 +87,21 @@ def check(model: nn.Module, config: TrainConfig) -> None:
         raise PlanError(f"{source} must cut at least one layer, but cuts none")
     for name, block in blocks.items():
         check_block(source, name, block, model.config)
+
+
+def check_vocabulary_can_be_cut(model: nn.Module) -> None:
+    """DeepSpeed replaces plain embeddings and heads, and the usual loss, only."""
+    from deepspeed.module_inject.layers import VocabParallelEmbedding
+    from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
+
+    try:
+        VocabParallelEmbedding.validate_embedding(model.get_input_embeddings())
+        validate_vocab_parallel_loss(model)
+    except (ValueError, NotImplementedError) as error:
+        raise PlanError(
+            f"vocab_parallel_lm_head=True must not meet {type(model).__name__} "
+            f"({error}); try vocab_parallel_lm_head=False"
+        ) from error
 
 
 def check_every_rule_matches(source: str, rules: list, weights: dict) -> None:

@@ -58,14 +58,12 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
     return figure
 
 
-def curves(runs: dict[str, Sequence[dict]]) -> plt.Figure:
-    """Loss curves of two runs, the first one broad so that the second shows on it."""
+def curves(runs: dict[str, Sequence[float]]) -> plt.Figure:
+    """Losses of two runs, the first one broad so that the second shows on it."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
-        for (label, history), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
-            steps = [record["step"] for record in history]
-            values = [record["loss"] for record in history]
-            axes.plot(steps, values, label=label, **style)
+        for (label, losses), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
+            axes.plot(range(1, len(losses) + 1), losses, label=label, **style)
         axes.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
         axes.legend()
     plt.close(figure)  # shown by the notebook, once

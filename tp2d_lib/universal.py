@@ -58,6 +58,8 @@ class ConversionError(RuntimeError):
 def converted(checkpoint: Path) -> Iterator[Path]:
     """A folder with the converted checkpoint, made once on every node; all ranks call.
 
+    It lies in the node's temporary folder (``TMPDIR``) and takes 12 bytes a parameter.
+
     Args:
         checkpoint: the folder with DeepSpeed's own files.
 
