@@ -6,6 +6,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     Phi3Config,
     Qwen2Config,
@@ -25,6 +28,9 @@ OTHERS = {
     "phi3": (Phi3Config, {"tie_word_embeddings": False, "pad_token_id": 0}),
     "phi3-tied": (Phi3Config, {"tie_word_embeddings": True, "pad_token_id": 0}),
     "phi3-mha": (Phi3Config, {"num_key_value_heads": 8, "pad_token_id": 0}),
+    "gpt-neox": (GPTNeoXConfig, {"hidden_dropout": 0.0}),  # heads interleaved
+    "bigcode": (GPTBigCodeConfig, {"multi_query": True}),
+    "gemma": (GemmaConfig, {"head_dim": 8}),
     "stablelm": (StableLmConfig, {"tie_word_embeddings": False}),
 }
 VOCAB_SIZE = 509  # prime: no tp_size divides it

@@ -70,7 +70,7 @@ SAID = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    names = {name for name, _ in SOURCES.values()}
+    names = {name for name, _ in SOURCES.values()} | {"gpt-neox", "gemma"}
     return {name: write_model(name, folder) for name in names}
 
 
@@ -244,6 +244,44 @@ def test_presets_that_do_not_fit_are_refused(models, tmp_path):
         autotp.check(replace(config, tp_preset="phi3"))  # fewer key-value heads
     with pytest.raises(PlanError, match=r"styles that DeepSpeed knows, .* tp_preset"):
         autotp.check(config)  # its own plan
+
+
+def test_a_cut_that_changes_the_numbers_is_refused(models, pools, tmp_path):
+    """GPT-NeoX keeps a head's query, key and value together: three parts are wrong."""
+    fused = r".*attention\.query_key_value\.weight$"
+    wrong = rules(
+        {"patterns": [fused], "shape": [3, -1]},
+        {"patterns": [r".*attention\.dense\.weight$"], "partition_type": "row"},
+    )
+    config = make_config(models["gpt-neox"], str(tmp_path), 2, 2, 1, VARIANTS[0])
+    ranks = pools(4, "autotp-(2, 2)")
+    for said in ranks.run(refusal, replace(config, partition_config=wrong)):
+        assert "must compute what it did before, but a loss of" in said
+    right = rules({"patterns": [fused]}, wrong["layer_specs"][1])
+    assert ranks.run(refusal, replace(config, partition_config=right)) == [None] * 4
+
+
+def refusal(config):
+    """Run by every rank: what build_engine says, or None."""
+    from tp2d_lib.mesh import build_mesh
+
+    try:
+        autotp.build_engine(config, build_mesh(config.dp_size, config.tp_size))
+    except PlanError as error:
+        return str(error)
+
+
+def test_a_vocabulary_that_cannot_be_cut_is_said(models, tmp_path):
+    config = make_config(models["gemma"], str(tmp_path), 2, 2, 1, VARIANTS[0])
+    with pytest.raises(PlanError, match=r"Gemma.* try vocab_parallel_lm_head=F"):
+        autotp.check(config)
+    autotp.check(replace(config, vocab_parallel_lm_head=False))
+
+
+def test_one_key_value_head_cannot_be_cut(tmp_path):
+    path = write_model("bigcode", tmp_path)
+    with pytest.raises(ConfigError, match="tp_size=2 must divide the 1 key-value"):
+        make_config(path, str(tmp_path), 2, 2, 1, VARIANTS[0])
 
 
 BAD_FILES = {

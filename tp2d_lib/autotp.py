@@ -31,7 +31,7 @@ from tp2d_lib import partition, rng, universal
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.plan import check_whole_gradients
+from tp2d_lib.plan import check_same_function, check_whole_gradients, probe
 from tp2d_lib.zero import check_precision, cuts_vocabulary, deepspeed_config
 
 TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
@@ -116,6 +116,8 @@ def build_engine(
     described = partition.describe(model, config)
     if config.tp_size > 1:
         partition.check(model, config)
+    by_authors = model.tp_plan and not (config.tp_preset or config.partition_config)
+    expected = None if by_authors or config.tp_size == 1 else probe(model)
     if cuts_vocabulary(config):
         cut_untied_embedding(model, mesh)
     if config.activation_checkpointing:
@@ -126,6 +128,9 @@ def build_engine(
         config=deepspeed_config(config),
     )
     give_fused_attention_its_heads(wrapped.module, config.tp_size)
+    if expected is not None:
+        half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
+        check_same_function(expected, probe(wrapped), 2e-2 if half else 1e-6, described)
     return AutoTPEngine(wrapped, mesh, config, train_step, described)
 
 

@@ -55,6 +55,8 @@ def check_config(config: TrainConfig) -> None:
             f"not {hf.model_type!r}; try 'Qwen/Qwen2.5-0.5B'"
         )
     heads = getattr(hf, "num_key_value_heads", None) or query_heads
+    if getattr(hf, "multi_query", False):
+        heads = 1
     allowed = [n for n in range(1, heads + 1) if heads % n == query_heads % n == 0]
     if config.tp_size not in allowed:
         raise ConfigError(

@@ -130,3 +130,30 @@ def check_whole_gradients(gradients: dict[str, torch.Tensor], group) -> bool:
                 f"differs by {apart:.3g}: the plan leaves it partial; try tp_size=1"
             )
     return True
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> torch.Tensor:
+    """The loss of a few fixed tokens, to tell whether a cut changed the model."""
+    training, device = model.training, next(model.parameters()).device
+    tokens = torch.arange(1, 17, device=device)[None]
+    model.eval()
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    model.train(training)
+    return loss.float().cpu()
+
+
+def check_same_function(
+    before: torch.Tensor, after: torch.Tensor, allowed: float, described: str
+) -> None:
+    """Refuse a cut that passed all checks of names and shapes, but changes the numbers.
+
+    Args:
+        before, after: what ``probe`` gave before and after the cut.
+        allowed: relative difference, rounding of the compute type.
+    """
+    if not (after - before).abs() <= allowed * before:
+        raise PlanError(
+            f"the model {described} must compute what it did before, but a loss of "
+            f"{before:.6f} became {after:.6f}; try a partition_config, or tp_size=1"
+        )
