@@ -158,3 +158,16 @@ def test_partial_gradient_stops_the_run(demo_paths, pools, tmp_path):
 
 def test_gradients_without_whole_parameters():
     check_whole_gradients({}, group=None)  # tp_size 1: nothing to compare
+
+
+def compare_gradients(values):
+    """Run by every rank: what the check says of one gradient."""
+    import torch.distributed as dist
+
+    return check_whole_gradients({"w": torch.tensor(values)}, dist.group.WORLD)
+
+
+def test_overflowed_gradients_are_compared_later(pools):
+    """float16 starts with infinities: they tell nothing, and the check must wait."""
+    assert pools(2).run(compare_gradients, [1.0, float("inf")]) == [False] * 2
+    assert pools(2).run(compare_gradients, [1.0, 2.0]) == [True] * 2
