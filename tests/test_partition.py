@@ -14,12 +14,12 @@ from tp2d_lib import model as models_of
 from tp2d_lib.config import ConfigError
 from tp2d_lib.plan import PlanError
 
-# Every value of every pair of rows, accumulation and optimizer, in four runs.
+# Two of them at each stage: each pair has both rows, both counts, both optimizers.
 VARIANTS = [
     ("packed", 1, "adamw"),
-    ("packed", 2, "sgd"),
+    ("packed", 2, "adamw"),
+    ("padded", 2, "sgd"),
     ("padded", 1, "sgd"),
-    ("padded", 2, "adamw"),
 ]
 ROWS_RULE = {
     "patterns": [r".*\.(o|down)_proj\.weight$"],
@@ -90,13 +90,14 @@ def test_every_source_equals_one_process(
     source, stage, models, references, pools, tmp_path
 ):
     name, settings = SOURCES[source]
+    variants = VARIANTS[stage % 2 :: 2]
     configs = []
-    for number, variant in enumerate(VARIANTS):
+    for number, variant in enumerate(variants):
         config = make_config(models[name], str(tmp_path), 2, 2, stage, variant)
         folder = str(tmp_path / str(number))
         configs.append((replace(config, **settings), variant[0], folder))
     answers = pools(4, "autotp-(2, 2)").run(train_all, configs)
-    for number, variant in enumerate(VARIANTS):
+    for number, variant in enumerate(variants):
         losses, norms, weights = references[(name, *variant)]
         for got in (answer[number] for answer in answers):
             torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)

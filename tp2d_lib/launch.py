@@ -5,14 +5,17 @@ from __future__ import annotations
 import copyreg
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 
 import ray
 import ray.train
+import yaml
+from pyarrow.fs import FileSystem
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
@@ -75,6 +78,32 @@ def pickle_config_modules() -> None:
             copyreg.pickle(type(module), lambda m: (import_module, (m.__name__,)))
 
 
+class RankFailed(RuntimeError):
+    """What a rank raised, in one line: when, on which host, what."""
+
+
+def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> None:
+    """Run on one worker; the driver must tell the first failure from its echoes."""
+    try:
+        train_func(config)
+    except Exception as error:
+        sentence = (str(error).strip().splitlines() or [""])[0]
+        host = socket.gethostname()
+        raise RankFailed(
+            f"{time.time():.3f} {host} {type(error).__name__}: {sentence}"
+        ) from error
+
+
+def store_config(config: TrainConfig) -> str:
+    """Write the resolved configuration into the run's folder; returns the YAML text."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    files, storage = FileSystem.from_uri(storage_uri(config.storage_path))
+    files.create_dir(f"{storage}/{config.run_name}")
+    with files.open_output_stream(f"{storage}/{config.run_name}/config.yaml") as file:
+        file.write(text.encode())
+    return text
+
+
 def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """Train: ``train_func(config)`` on ``config.num_workers`` Ray workers.
 
@@ -94,7 +123,7 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
     trainer = TorchTrainer(
-        lambda: train_func(config),
+        lambda: on_rank(train_func, config),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,

@@ -1,0 +1,209 @@
+"""The command line of both engines: flags from TrainConfig, errors in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+
+FLAGS = {"batch_size_per_gpu": "batch_size"}  # the one name that is shorter here
+GROUPS = {  # a group begins with a field
+    "model_name": "model and data",
+    "tp_size": "mesh",
+    "batch_size_per_gpu": "training",
+    "storage_path": "run",
+}
+DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
+DEEPSPEED = "DeepSpeed: "  # begins the help of a field that the other engine ignores
+
+
+def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
+    """One flag for each field of TrainConfig that the engine reads.
+
+    A flag that is not given leaves no trace, so that a file or the demo can speak.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="values; flags win")
+    parser.add_argument(
+        "--offline_demo",
+        action="store_true",
+        help="train a tiny model on the CPU, without a network",
+    )
+    hints = get_type_hints(TrainConfig)
+    for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        text = f.metadata["help"]
+        if engine == "autotp" or not text.startswith(DEEPSPEED):
+            group.add_argument(
+                f"--{FLAGS.get(f.name, f.name)}", dest=f.name, **options(f, hints)
+            )
+    group.add_argument("--resume_from", metavar="RUN", help="go on with this run_name")
+    return parser
+
+
+def options(f, hints: dict) -> dict[str, Any]:
+    """What argparse is told of one field."""
+    text = f.metadata["help"].removeprefix(DEEPSPEED)
+    default = "required" if f.name == "tp_size" else DEFAULTS.get(f.name, f.default)
+    told: dict[str, Any] = {"help": f"{text} ({default})"}
+    if hints[f.name] is bool:
+        return told | {"action": argparse.BooleanOptionalAction}
+    kinds = getattr(hints[f.name], "__args__", (hints[f.name],))
+    told["type"] = next(kind for kind in (int, float, str) if kind in kinds)
+    told["metavar"] = "|".join(f.metadata["choices"]) or told["type"].__name__.upper()
+    return told
+
+
+def read_config(given: dict[str, Any]) -> TrainConfig:
+    """Defaults, then the demo's values, then the file's, then flags.
+
+    Raises:
+        ConfigError: a value or a combination that cannot be.
+    """
+    values: dict[str, Any] = dict(DEFAULTS)
+    file = read_file(given.pop("config", None))
+    run = given.pop("resume_from", None)
+    if given.pop("offline_demo", False):
+        from tp2d_lib import demo, presets
+
+        storage = given.get("storage_path") or file.get("storage_path")
+        storage = storage or presets.default_storage()
+        model_name, dataset_name = demo.write(Path(storage) / "demo")
+        values |= presets.PRESETS["demo"] | {"device": "cpu", "storage_path": storage}
+        values |= {"model_name": model_name, "dataset_name": dataset_name}
+    values |= file | given
+    if "tp_size" not in values:
+        raise ConfigError("tp_size must be given, the ranks that share a layer; try 2")
+    if run is not None:
+        values["run_name"] = run
+    config = TrainConfig(**values)
+    if run is not None and "://" not in config.storage_path:
+        check_run_exists(Path(config.storage_path), run)
+    return config
+
+
+def read_file(path: str | None) -> dict[str, Any]:
+    """A YAML file of field names, or of flags without their dashes."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"config={path!r} must be a YAML file ({error}); try one line, 'tp_size: 2'"
+        ) from error
+    names = {f.name: f.name for f in fields(TrainConfig)}
+    names |= {flag: name for name, flag in FLAGS.items()}
+    for key in values:
+        if key not in names:
+            raise ConfigError(
+                f"{key!r} in config={path!r} must be a field of TrainConfig; "
+                f"try {closest(key, names)!r}"
+            )
+    return {names[key]: value for key, value in values.items()}
+
+
+def check_run_exists(storage: Path, run: str) -> None:
+    if list(storage.glob(f"{run}/checkpoint-*")):
+        return
+    runs = sorted({path.parent.name for path in storage.glob("*/checkpoint-*")})
+    raise ConfigError(
+        f"resume_from={run!r} must be a run with a checkpoint in {storage}; "
+        f"{'try ' + closest(run, runs) if runs else 'there is none yet'}"
+    )
+
+
+def main(engine: str, description: str, argv: list[str] | None = None) -> int:
+    """Run a command: 0 done, 2 bad input, 1 failed training.
+
+    Args:
+        engine: the module with the engine, "fsdp" or "autotp".
+        description: the first line of ``--help``.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(build_parser(engine, description).parse_args(argv))
+    from tp2d_lib import launch  # deferred: --help need not wait for it
+    from tp2d_lib.plan import PlanError
+
+    launch.quiet()
+    try:
+        config = read_config(given)
+        module = importlib.import_module(f"tp2d_lib.{engine}")
+        module.check(config)
+        return train(module.train_func, config, argv)
+    except (ConfigError, PlanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(train_func, config: TrainConfig, argv: list[str]) -> int:
+    import ray.train
+
+    from tp2d_lib import checkpoint, launch
+
+    launch.connect()
+    config = launch.resolve(config)
+    print(launch.store_config(config), flush=True)
+    try:
+        result = launch.run(train_func, config)
+    except ray.train.TrainingFailedError as error:
+        print(report(error, config, argv), file=sys.stderr)
+        return 1
+    last = checkpoint.history(result)[-1]
+    print(
+        f"done: step {last['step']}, loss {last['loss']:.4f}, {result.checkpoint.path}"
+    )
+    return 0
+
+
+def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
+    """What failed first and where, what is saved, and the command that goes on."""
+    lines = [f"failed: {first_failure(error)}"]
+    saved = sorted(Path(config.storage_path).glob(f"{config.run_name}/checkpoint-*"))
+    if saved:
+        kept = without(argv, ("--run_name", "--resume_from"))
+        again = shlex.join([*kept, "--resume_from", config.run_name])
+        lines.append(f"last checkpoint: {saved[-1]}")
+        lines.append(f"to go on: python {shlex.quote(sys.argv[0])} {again}")
+    else:
+        lines.append("no checkpoint was written yet")
+    return "\n".join(lines)
+
+
+def first_failure(error: Exception) -> str:
+    """The rank that failed first; the others often fail because it is gone."""
+    told = []
+    for rank, failure in getattr(error, "worker_failures", {}).items():
+        found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))
+        if found:
+            when, host, what = found[-1]
+            told.append((float(when), f"rank {rank} on {host}: {what}"))
+        else:  # it had no time to say anything
+            what = str(failure).strip().splitlines()[0]
+            told.append((0.0, f"rank {rank}: {type(failure).__name__}: {what}"))
+    return min(told)[1] if told else str(error).strip()
+
+
+def without(argv: list[str], flags: tuple[str, ...]) -> list[str]:
+    """The arguments without these flags and their values."""
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in flags:
+            skip = True
+        elif not argument.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept.append(argument)
+    return kept
