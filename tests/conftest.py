@@ -24,11 +24,12 @@ def demo_paths(tmp_path_factory):
     return demo.write(tmp_path_factory.mktemp("demo") / "files")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pools():
-    """``pools(n)``: n processes in one gloo group, started once for all tests.
+    """``pools(n)``: n processes in one gloo group, started once for a file's tests.
 
-    Tests that name a group of their own share it with nobody else.
+    Tests that name a group of their own share it with nobody else. All end with the
+    file: a dozen idle processes would slow down the notebooks' tests.
     """
     started = {}
 
