@@ -9,16 +9,14 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 from tests.models import write_model
+from tests.test_parity import make_config as mesh_config
 from tests.test_parity import (
-    MAX_GRAD_NORM,
-    ROWS,
-    SEQ,
     make_steps,
     share_of,
     train_references,
 )
 from tp2d_lib import autotp, fsdp, memory
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError
 from tp2d_lib.zero import deepspeed_config
 
 STAGES = (0, 1, 2, 3)
@@ -27,21 +25,7 @@ NAMES = ("qwen2-tied", "qwen3", "llama")
 
 
 def make_config(model_dir, storage, tp_size, dp_size, stage, variant):
-    _, accumulation, optimizer = variant
-    return TrainConfig(
-        model_name=model_dir,
-        tp_size=tp_size,
-        dp_size=dp_size,
-        zero_stage=stage,
-        seq_length=SEQ,
-        gradient_accumulation_steps=accumulation,
-        batch_size_per_gpu=ROWS // dp_size,
-        optimizer=optimizer,
-        learning_rate={"adamw": 1e-3, "sgd": 0.5}[optimizer],
-        max_grad_norm=MAX_GRAD_NORM,
-        activation_checkpointing=accumulation == 2,
-        storage_path=storage,
-    )
+    return mesh_config(model_dir, storage, tp_size, dp_size, variant, zero_stage=stage)
 
 
 def train(config, rows, folder, resume=True):

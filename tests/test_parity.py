@@ -51,34 +51,40 @@ def train_references(models: dict, variants: list) -> dict:
     }
 
 
+def make_config(model_dir, storage, tp_size, dp_size, variant, **settings):
+    """The configuration of one run on a mesh, as the references have it."""
+    from tp2d_lib.config import TrainConfig
+
+    _, accumulation, optimizer = variant
+    return TrainConfig(
+        model_name=model_dir,
+        tp_size=tp_size,
+        dp_size=dp_size,
+        seq_length=SEQ,
+        gradient_accumulation_steps=accumulation,
+        batch_size_per_gpu=ROWS // dp_size,
+        optimizer=optimizer,
+        learning_rate={"adamw": 1e-3, "sgd": 0.5}[optimizer],
+        max_grad_norm=MAX_GRAD_NORM,
+        activation_checkpointing=accumulation == 2,
+        storage_path=storage,
+        **settings,
+    )
+
+
 def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
     """Run by every rank: what reference.train returns, for each variant."""
-    from tp2d_lib.config import TrainConfig
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.mesh import build_mesh
 
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
-    share = ROWS // dp_size
     results = []
-    for rows, accumulation, optimizer in variants:
-        engine = build_engine(
-            TrainConfig(
-                model_name=model_dir,
-                tp_size=tp_size,
-                dp_size=dp_size,
-                seq_length=SEQ,
-                gradient_accumulation_steps=accumulation,
-                batch_size_per_gpu=share,
-                optimizer=optimizer,
-                learning_rate={"adamw": 1e-3, "sgd": 0.5}[optimizer],
-                max_grad_norm=MAX_GRAD_NORM,
-                activation_checkpointing=accumulation == 2,
-                storage_path=storage,
-            ),
-            mesh,
-        )
+    for variant in variants:
+        config = make_config(model_dir, storage, tp_size, dp_size, variant)
+        engine = build_engine(config, mesh)
         losses, norms = [], []
-        for batch in share_of(make_steps(rows, accumulation), mesh, share):
+        steps = make_steps(*variant[:2])
+        for batch in share_of(steps, mesh, config.batch_size_per_gpu):
             loss, norm = engine.step(batch)
             losses.append(float(loss))
             norms.append(float(norm))

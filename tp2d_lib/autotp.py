@@ -113,11 +113,9 @@ def build_engine(
     model = AutoModelForCausalLM.from_pretrained(
         models.model_directory(config), dtype=torch.float32
     ).train()
-    described = partition.describe(model, config)
-    if config.tp_size > 1:
-        partition.check(model, config)
-    by_authors = model.tp_plan and not (config.tp_preset or config.partition_config)
-    expected = None if by_authors or config.tp_size == 1 else probe(model)
+    source = partition.check(model, config)
+    described = partition.describe(source, config)
+    expected = None if source == partition.PUBLISHED else probe(model)
     if cuts_vocabulary(config):
         cut_untied_embedding(model, mesh)
     if config.activation_checkpointing:

@@ -74,13 +74,11 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     file = read_file(given.pop("config", None))
     run = given.pop("resume_from", None)
     if given.pop("offline_demo", False):
-        from tp2d_lib import demo, presets
+        from tp2d_lib import presets
 
         storage = given.get("storage_path") or file.get("storage_path")
         storage = storage or presets.default_storage()
-        model_name, dataset_name = demo.write(Path(storage) / "demo")
-        values |= presets.PRESETS["demo"] | {"device": "cpu", "storage_path": storage}
-        values |= {"model_name": model_name, "dataset_name": dataset_name}
+        values |= presets.preset_values("demo", storage) | {"device": "cpu"}
     values |= file | given
     if "tp_size" not in values:
         raise ConfigError("tp_size must be given, the ranks that share a layer; try 2")

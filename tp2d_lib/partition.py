@@ -13,6 +13,9 @@ from tp2d_lib.plan import PlanError
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
 
 
+PUBLISHED = "the model's tp_plan"  # the one source that is not the user's doing
+
+
 def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]:
     """Which source says what is cut, and its rules; None: DeepSpeed's heuristics.
 
@@ -37,7 +40,7 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]
     if not model.tp_plan:
         return "DeepSpeed's heuristics", None
     try:
-        return "the model's tp_plan", TPPlanConverter.convert(model.tp_plan)
+        return PUBLISHED, TPPlanConverter.convert(model.tp_plan)
     except ValueError as error:
         styles = ", ".join(sorted(set(model.tp_plan.values())))
         raise PlanError(
@@ -47,31 +50,36 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]
         ) from error
 
 
-def describe(model: nn.Module, config: TrainConfig) -> str:
+def describe(source: str, config: TrainConfig) -> str:
     """The log line: where the plan comes from, and what becomes of the vocabulary."""
     if config.tp_size == 1:
         return "tp_size=1: nothing is cut over tp"
     cut = "cut" if config.vocab_parallel_lm_head else "not cut"
-    return f"cut by {find_rules(model, config)[0]}; vocabulary {cut}"
+    return f"cut by {source}; vocabulary {cut}"
 
 
-def check(model: nn.Module, config: TrainConfig) -> None:
+def check(model: nn.Module, config: TrainConfig) -> str:
     """Find, on an empty model, rules that match nothing or cut half of a pair.
+
+    Returns:
+        The source that says what is cut; at tp_size 1 nothing is.
 
     Raises:
         PlanError: names the rule or the module.
     """
+    if config.tp_size == 1:
+        return PUBLISHED
     source, rules = find_rules(model, config)
     if config.vocab_parallel_lm_head:
         check_vocabulary_can_be_cut(model)
     if rules is None:
-        return
+        return source
     weights = {
         f"{name}.weight": module
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is not None
     }
-    if source != "the model's tp_plan":  # which may name parts of larger siblings
+    if source != PUBLISHED:  # which may name parts of larger siblings
         check_every_rule_matches(source, rules, weights)
     found = match(rules, weights, model.config.model_type)
     check_vocabulary(source, found, model, config)
@@ -87,6 +95,7 @@ def check(model: nn.Module, config: TrainConfig) -> None:
         raise PlanError(f"{source} must cut at least one layer, but cuts none")
     for name, block in blocks.items():
         check_block(source, name, block, model.config)
+    return source
 
 
 def check_vocabulary_can_be_cut(model: nn.Module) -> None:

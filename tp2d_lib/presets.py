@@ -51,15 +51,20 @@ def choose(preset: str, gpus: int, num_workers: int) -> tuple[str, str]:
 
 def build_config(preset: str, storage_path: str | None, **settings) -> TrainConfig:
     """The TrainConfig of a preset; a setting that is not None takes its place."""
-    storage_path = storage_path or default_storage()
-    values = dict(PRESETS[preset])
+    values = preset_values(preset, storage_path or default_storage())
+    values |= {name: value for name, value in settings.items() if value is not None}
+    return TrainConfig(**values)
+
+
+def preset_values(preset: str, storage_path: str) -> dict:
+    """The fields that a preset sets; writes the demo's model and dataset."""
+    values = {"storage_path": storage_path, **PRESETS[preset]}
     if preset == "demo":
         remote = "://" in storage_path
         home = Path(default_storage() if remote else storage_path)
         model_name, dataset_name = demo.write(home / "demo")
         values |= {"model_name": model_name, "dataset_name": dataset_name}
-    values |= {name: value for name, value in settings.items() if value is not None}
-    return TrainConfig(storage_path=storage_path, **values)
+    return values
 
 
 def lesson_config(config: TrainConfig, **settings) -> TrainConfig:
