@@ -93,26 +93,30 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
     return parts.sum().sqrt()
 
 
+def load_whole(config: TrainConfig) -> PreTrainedModel:
+    """The whole model in float32, which AutoTP cuts in place."""
+    return AutoModelForCausalLM.from_pretrained(
+        models.model_directory(config), dtype=torch.float32
+    ).train()
+
+
 def build_engine(
     config: TrainConfig,
     mesh: DeviceMesh,
     deepspeed_config: Callable = deepspeed_config,
     train_step: Callable = train_step,
+    load: Callable = load_whole,
 ) -> AutoTPEngine:
     """Load the model on every rank and let DeepSpeed cut it.
 
     A process keeps the first mesh it was given: DeepSpeed holds it globally. A notebook
-    brings its own ``deepspeed_config`` and ``train_step``.
+    brings its own ``deepspeed_config`` and ``train_step``, a dry run an empty model.
     """
     config = replace(config, device=mesh.device_type)
     check_precision(config)  # also for who did not ask in the driver
     torch.manual_seed(config.seed + dist.get_rank())
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if mesh.device_type == "cpu":  # an optional kernel that needs a C++ compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = AutoModelForCausalLM.from_pretrained(
-        models.model_directory(config), dtype=torch.float32
-    ).train()
+    join(mesh)
+    model = load(config)
     source = partition.check(model, config)
     described = partition.describe(source, config)
     expected = None if source == partition.PUBLISHED else probe(model)
@@ -132,12 +136,19 @@ def build_engine(
     return AutoTPEngine(wrapped, mesh, config, train_step, described)
 
 
+def join(mesh: DeviceMesh) -> None:
+    """Let DeepSpeed use the process group that is there, without a word."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if mesh.device_type == "cpu":  # an optional kernel that needs a C++ compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
 def cut_untied_embedding(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Cut an embedding over the vocabulary; AutoTP does so only for a tied one."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         return
-    deepspeed.init_distributed(dist_init_required=False)
     set_autotp_mode(training=True)
     cut = VocabParallelEmbedding(embedding, mesh.get_group("tp"), name="embed_tokens")
     cut.replaced = True  # AutoTP leaves it as it is

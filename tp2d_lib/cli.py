@@ -7,7 +7,7 @@ import importlib
 import re
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,6 +37,11 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
         "--offline_demo",
         action="store_true",
         help="train a tiny model on the CPU, without a network",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, tell mesh, memory, traffic and steps, and stop",
     )
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
@@ -136,14 +141,32 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     from tp2d_lib.plan import PlanError
 
     launch.quiet()
+    dry = given.pop("dry_run", False)
     try:
         config = read_config(given)
         module = importlib.import_module(f"tp2d_lib.{engine}")
         module.check(config)
+        if dry:
+            return foresee(engine, config)
         return train(module.train_func, config, argv)
     except (ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def foresee(engine: str, config: TrainConfig) -> int:
+    """A dry run: too few GPUs are worth a note here, so that a laptop may ask."""
+    from tp2d_lib import data, dryrun, launch
+
+    launch.connect()
+    try:
+        config = replace(config, device=launch.pick_device(config))
+    except ConfigError as error:
+        print(f"note: {error}", file=sys.stderr)
+        config = replace(config, device="cuda")
+    rows = data.BatchLoader(config, data.prepare(config), dp_rank=0)
+    print(dryrun.report(config, dryrun.predict(engine, config), rows))
+    return 0
 
 
 def train(train_func, config: TrainConfig, argv: list[str]) -> int:

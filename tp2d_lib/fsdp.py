@@ -156,11 +156,12 @@ def build_engine(
     mesh: DeviceMesh,
     parallelize: Callable = parallelize,
     train_step: Callable = train_step,
+    load: Callable = models.load_pretrained,
 ) -> FSDPEngine:
     """Build the model empty, cut it, fill the pieces from safetensors.
 
     No rank ever holds the whole model. A notebook brings its own ``parallelize`` and
-    ``train_step``; left out, they are this file's.
+    ``train_step``; left out, they are this file's. A dry run does not ``load``.
     """
     check_precision(config)
     torch.manual_seed(config.seed + dist.get_rank())
@@ -168,9 +169,7 @@ def build_engine(
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
     dtype, _ = models.pick_dtype(config, mesh.device_type)
     model = parallelize(models.build_empty_model(config), mesh, dtype)
-    model.to_empty(device=device)
-    models.rebuild_buffers(model)
-    models.load_pretrained(model, models.model_directory(config))
+    load(model, config, device)
     optimizer = build_optimizer(model, config)
     return FSDPEngine(model, optimizer, mesh, config, device, train_step)
 

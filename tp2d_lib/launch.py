@@ -166,10 +166,10 @@ def pick_device(config: TrainConfig) -> str:
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return "cpu"
     if gpus < config.num_workers:
+        fits = f"tp_size and dp_size whose product is at most {gpus}, or " * (gpus > 0)
         raise ConfigError(
             f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
-            f"GPUs; try tp_size and dp_size whose product is at most {gpus}, or "
-            "device='cpu'"
+            f"GPUs; try {fits}device='cpu'"
         )
     for node in ray.nodes():
         here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0

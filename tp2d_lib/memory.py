@@ -1,10 +1,15 @@
-"""What a rank holds: bytes of weights, gradients and optimizer state."""
+"""What a rank holds: bytes of weights, gradients, optimizer state, activations."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from deepspeed.utils import safe_get_local_grad
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as every_module
 
 
 def fsdp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
@@ -26,6 +31,51 @@ def local(values) -> list[torch.Tensor]:
     return [v.to_local() if isinstance(v, DTensor) else v for v in values]
 
 
+class Activations:
+    """Bytes that autograd keeps from a model's forward for its backward.
+
+    ``with Activations(model) as kept: step()``; then ``kept.bytes``, of the last
+    micro-batch. Weights, gathered ones too, are not counted, and neither is what
+    backward itself needs on top, such as a layer that it recomputes.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.bytes = model, 0
+        self.saved: dict[int, torch.UntypedStorage] = {}
+        self.weights: set[int] = set()
+
+    def __enter__(self) -> Activations:
+        self.stack = ExitStack()
+        for handle in (
+            every_module.register_module_forward_pre_hook(self.before),
+            every_module.register_module_forward_hook(self.after),
+        ):
+            self.stack.callback(handle.remove)
+        self.stack.enter_context(saved_tensors_hooks(self.save, lambda tensor: tensor))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stack.close()
+        self.saved.clear()
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = local([tensor])[0].untyped_storage()
+        self.saved[storage._cdata] = storage  # held, so that its number stays its own
+        return tensor
+
+    def before(self, module: nn.Module, _) -> None:
+        if module is self.model:
+            self.saved.clear()
+
+    def after(self, module: nn.Module, *_) -> None:
+        for weight in local(module.parameters(recurse=False)):  # gathered at this time
+            self.weights.add(weight.untyped_storage()._cdata)
+        if module is self.model:
+            kept = self.saved.keys() - self.weights
+            self.bytes = sum(self.saved[key].nbytes() for key in kept)
+            self.saved.clear()
+
+
 def rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
     """Train one step and measure what this rank holds while it accumulates gradients.
 
@@ -33,8 +83,6 @@ def rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
     The optimizer's state, made by the first update, is taken after the step. In float32
     only: in half precision DeepSpeed keeps gradients in more than one place.
     """
-    assert not engine.wrapped.bfloat16_enabled()
-    assert not engine.wrapped.fp16_enabled()
     held = {"parameters": total(weights(engine))}
     update = engine.wrapped.step
 
@@ -63,8 +111,15 @@ def gradients(engine) -> list[torch.Tensor]:
     parameters = list(engine.model.parameters())
     if engine.config.zero_stage == 3:
         return [safe_get_local_grad(p) for p in parameters]
-    shares = getattr(engine.optimizer, "all_grad_tensors", {})  # of stage 2
-    return [p.grad for p in parameters] + [g for s in shares.values() for g in s or []]
+    found = [p.grad for p in parameters]
+    # of stage 1 in bfloat16, beside those
+    found += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
+    # of stage 2 while it accumulates; of stages 1 and 2 once the last was reduced
+    for name in ("all_grad_tensors", "averaged_gradients"):
+        if all(gradient is None for gradient in found):
+            shares = getattr(engine.optimizer, name, {}).values()
+            found = [gradient for share in shares for gradient in share or []]
+    return found
 
 
 def optimizer_state(engine) -> list[torch.Tensor]:

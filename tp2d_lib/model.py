@@ -156,12 +156,17 @@ def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v for k, v in model.state_dict().items() if k not in second_names}
 
 
-def load_pretrained(model: nn.Module, directory: Path) -> None:
+def load_pretrained(
+    model: nn.Module, config: TrainConfig, device: torch.device
+) -> None:
     """Fill a sharded, empty model: each rank reads only its own slices from disk.
 
     Raises:
         ValueError: a parameter of the model has no tensor in the files.
     """
+    model.to_empty(device=device)
+    rebuild_buffers(model)
+    directory = model_directory(config)
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)

@@ -152,7 +152,8 @@ def check_same_function(
         before, after: what ``probe`` gave before and after the cut.
         allowed: relative difference, rounding of the compute type.
     """
-    if not (after - before).abs() <= allowed * before:
+    apart = (after - before).abs()
+    if apart > allowed * before or apart.isnan():
         raise PlanError(
             f"the model {described} must compute what it did before, but a loss of "
             f"{before:.6f} became {after:.6f}; try a partition_config, or tp_size=1"
