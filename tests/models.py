@@ -5,15 +5,24 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     StableLmConfig,
+    Starcoder2Config,
 )
 
 CONFIGS = {
@@ -33,12 +42,35 @@ OTHERS = {
     "gemma": (GemmaConfig, {"head_dim": 8}),
     "stablelm": (StableLmConfig, {"tie_word_embeddings": False}),
 }
+# One of each family of the README's table that is not above.
+FAMILIES = {
+    # attention and MLP side by side
+    "cohere": (CohereConfig, {"logit_scale": 0.5, "pad_token_id": 0}),
+    "gemma2": (Gemma2Config, {"head_dim": 8, "sliding_window": 64}),  # soft-capped
+    "glm4": (Glm4Config, {"head_dim": 8, "pad_token_id": 0}),  # half of it fused
+    # multipliers, none at its default
+    "granite": (
+        GraniteConfig,
+        {
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.22,
+        },
+    ),
+    "mistral": (MistralConfig, {"sliding_window": 64}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "olmo2": (Olmo2Config, {"pad_token_id": 0}),  # norms over all heads together
+    # every second layer without rotary positions
+    "smollm3": (SmolLM3Config, {"no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "starcoder2": (Starcoder2Config, {}),  # biases everywhere
+}
 VOCAB_SIZE = 509  # prime: no tp_size divides it
 
 
 def write_model(name: str, directory: Path, dtype=torch.float32, **overrides) -> str:
     """Write the architecture ``name`` with random weights; returns its path."""
-    kind, settings = {**CONFIGS, **OTHERS}[name]
+    kind, settings = {**CONFIGS, **OTHERS, **FAMILIES}[name]
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,

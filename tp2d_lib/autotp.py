@@ -46,6 +46,7 @@ def check(config: TrainConfig) -> None:
         PlanError: rules that match nothing, or cut half of a pair.
     """
     check_precision(config)
+    models.check_compiler(config)
     if config.tp_size > 1:
         partition.check(models.build_empty_model(config), config)
 
@@ -63,12 +64,7 @@ def train_step(
     dist.all_reduce(valid, group=dp.get_group())  # over the whole global batch
     total = torch.zeros((), device=engine.device)
     for micro in batch:
-        loss = wrapped(
-            input_ids=micro["input_ids"].to(engine.device, non_blocking=True),
-            labels=micro["labels"].to(engine.device, non_blocking=True),
-            use_cache=False,
-            num_items_in_batch=valid,
-        ).loss
+        loss = forward(engine, micro, valid)
         total += loss.detach()
         # DeepSpeed averages over dp and micro-batches; the sum is wanted.
         wrapped.backward(loss * dp.size() * len(batch))
@@ -80,6 +76,18 @@ def train_step(
     if norm is None:
         norm = torch.as_tensor(wrapped.get_global_grad_norm())
     return total, norm
+
+
+def forward(
+    engine: AutoTPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
+    return engine.wrapped(
+        input_ids=micro["input_ids"].to(engine.device, non_blocking=True),
+        labels=micro["labels"].to(engine.device, non_blocking=True),
+        use_cache=False,
+        num_items_in_batch=valid,
+    ).loss
 
 
 def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
@@ -133,6 +141,8 @@ def build_engine(
     if expected is not None:
         half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
         check_same_function(expected, probe(wrapped), 2e-2 if half else 1e-6, described)
+    if config.compile:
+        models.compile_blocks(wrapped.module)
     return AutoTPEngine(wrapped, mesh, config, train_step, described)
 
 
@@ -192,6 +202,14 @@ class AutoTPEngine:
             gradients = {name: safe_get_full_grad(p) for name, p in whole.items()}
             group = self.mesh.get_group("tp")
             self.gradients_checked = check_whole_gradients(gradients, group)
+
+    @torch.no_grad()
+    def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a micro-batch summed over its tokens, for a validation loss."""
+        self.wrapped.eval()
+        loss = forward(self, micro, torch.ones((), device=self.device))
+        self.wrapped.train()
+        return loss
 
     def save(self, directory: str | Path) -> None:
         """Write DeepSpeed's checkpoint and this rank's generators; every rank calls."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import ray.train
 import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 
+from tp2d_lib import storage
 from tp2d_lib.config import TrainConfig
 
 STATE_FILE = "trainer_state.json"
@@ -23,25 +25,42 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
     """Save the engine and the loop's state as one checkpoint; every rank calls.
 
     Each rank writes its shards to a folder of its own. Ray merges the folders in the
-    run's storage and records the checkpoint after all ranks have arrived.
+    run's storage and records the checkpoint after all ranks have arrived; until then
+    the one before it is the last. With ``async_checkpoint`` all this happens in
+    threads, while training goes on.
 
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
     """
-    with tempfile.TemporaryDirectory(prefix="tp2d-") as folder:
-        directory = Path(folder)
-        engine.save(directory)
-        if dist.get_rank() == 0:
-            (directory / STATE_FILE).write_text(
-                json.dumps({**state, **samples_of(config)})
-            )
+    directory = Path(tempfile.mkdtemp(prefix="tp2d-"))
+    written = engine.save(directory)
+    if dist.get_rank() == 0:
+        (directory / STATE_FILE).write_text(json.dumps({**state, **samples_of(config)}))
+
+    def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        if written:
+            written.result()
         write_checksums(directory)
-        last = state["history"][-1] if state["history"] else {}
-        ray.train.report(
-            {**last, "step": state["step"]},
-            checkpoint=ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
-        )
+        run = ray.train.get_context().get_storage()
+        return run.persist_current_checkpoint(local, name)
+
+    report(
+        {**state["history"][-1], "step": state["step"]},
+        config,
+        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
+    """Report to Ray; behind a checkpoint that is still being written, without waiting.
+
+    Ray takes reports in their order, so one that waited would wait for that checkpoint.
+    """
+    mode = CheckpointUploadMode["ASYNC" if config.async_checkpoint else "SYNC"]
+    ray.train.report(metrics, checkpoint_upload_mode=mode, **checkpoint)
 
 
 def restore(engine, config: TrainConfig) -> dict:
@@ -122,6 +141,16 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+def last_of(config: TrainConfig) -> str | None:
+    """The run's last checkpoint that Ray has recorded, which makes it a whole one."""
+    run = f"{storage.uri(config.storage_path)}/{config.run_name}"
+    try:
+        checkpoint = ray.train.Result.from_path(run).checkpoint
+    except RuntimeError:  # no such run, or nothing recorded
+        return None
+    return checkpoint and checkpoint.path
 
 
 def history(result: ray.train.Result) -> list[dict]:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 import shlex
+import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ GROUPS = {  # a group begins with a field
     "storage_path": "run",
 }
 DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
-DEEPSPEED = "DeepSpeed: "  # begins the help of a field that the other engine ignores
+ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # begins the help of its own fields
 
 
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
@@ -47,8 +48,8 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     for f in fields(TrainConfig):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        text = f.metadata["help"]
-        if engine == "autotp" or not text.startswith(DEEPSPEED):
+        others = tuple(text for name, text in ONLY.items() if name != engine)
+        if not f.metadata["help"].startswith(others):
             group.add_argument(
                 f"--{FLAGS.get(f.name, f.name)}", dest=f.name, **options(f, hints)
             )
@@ -58,7 +59,9 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
 
 def options(f, hints: dict) -> dict[str, Any]:
     """What argparse is told of one field."""
-    text = f.metadata["help"].removeprefix(DEEPSPEED)
+    text = f.metadata["help"]
+    for prefix in ONLY.values():
+        text = text.removeprefix(prefix)
     default = "required" if f.name == "tp_size" else DEFAULTS.get(f.name, f.default)
     told: dict[str, Any] = {"help": f"{text} ({default})"}
     if hints[f.name] is bool:
@@ -141,6 +144,7 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     from tp2d_lib.plan import PlanError
 
     launch.quiet()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     dry = given.pop("dry_run", False)
     try:
         config = read_config(given)
@@ -152,6 +156,9 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     except (ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing more was saved", file=sys.stderr)
+        return 1
 
 
 def foresee(engine: str, config: TrainConfig) -> int:
@@ -179,7 +186,7 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
     print(launch.store_config(config), flush=True)
     try:
         result = launch.run(train_func, config)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, launch.Stopped) as error:
         print(report(error, config, argv), file=sys.stderr)
         return 1
     last = checkpoint.history(result)[-1]
@@ -191,12 +198,15 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
 
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
     """What failed first and where, what is saved, and the command that goes on."""
-    lines = [f"failed: {first_failure(error)}"]
-    saved = sorted(Path(config.storage_path).glob(f"{config.run_name}/checkpoint-*"))
+    from tp2d_lib import checkpoint, launch
+
+    stopped = isinstance(error, launch.Stopped)
+    lines = [f"stopped: {error}" if stopped else f"failed: {first_failure(error)}"]
+    saved = checkpoint.last_of(config)
     if saved:
         kept = without(argv, ("--run_name", "--resume_from"))
         again = shlex.join([*kept, "--resume_from", config.run_name])
-        lines.append(f"last checkpoint: {saved[-1]}")
+        lines.append(f"last checkpoint: {saved}")
         lines.append(f"to go on: python {shlex.quote(sys.argv[0])} {again}")
     else:
         lines.append("no checkpoint was written yet")

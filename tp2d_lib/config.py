@@ -43,6 +43,7 @@ class TrainConfig:
     dataset_config: str | None = setting(
         None, "configuration of a Hub dataset, such as wikitext-2-raw-v1"
     )
+    dataset_split: str = setting("train", "split of the dataset to train on")
     dataset_percentage: float = setting(
         100.0, "use the first p percent of the rows: train[:p%%]"
     )
@@ -54,6 +55,14 @@ class TrainConfig:
     preprocessing_num_workers: int = setting(1, "processes that tokenise")
     prepared_data: str | None = setting(
         None, "folder of rows made by data.prepare; left out: prepared before the run"
+    )
+
+    eval_dataset: str | None = setting(
+        None, "held-out dataset directory or Hub name; left out: the dataset's own"
+    )
+    eval_split: str = setting("validation", "split of the held-out data")
+    prepared_eval_data: str | None = setting(
+        None, "folder of held-out rows; left out: prepared before the run"
     )
 
     tp_size: int = setting(1, "tensor-parallel size: ranks that share each layer")
@@ -98,6 +107,12 @@ class TrainConfig:
         "float16 (DeepSpeed) scales the loss",
         ("auto", "bfloat16", "float32", "float16"),
     )
+    autocast: bool = setting(
+        False,
+        "FSDP2: compute in bfloat16 by torch.autocast, norms and loss in float32; "
+        "weights travel in float32",
+    )
+    compile: bool = setting(False, "compile each layer with torch.compile")
     bf16_master_weights: bool = setting(
         False,
         "DeepSpeed: bfloat16 masters and optimizer state; less memory, lost updates",
@@ -116,10 +131,22 @@ class TrainConfig:
     resume_from_checkpoint: str | None = setting(
         None, "checkpoint folder a new run starts from, written on any mesh"
     )
+    eval_every: int = setting(
+        0, "steps between validation losses, one more at the end; 0: none"
+    )
     checkpoint_every: int = setting(100, "steps between checkpoints; 0: only the last")
+    async_checkpoint: bool = setting(
+        False, "FSDP2: write checkpoints while training goes on"
+    )
     save_total_limit: int = setting(2, "checkpoints to keep")
     max_failures: int = setting(3, "times a run restarts after losing a worker")
     log_interval: int = setting(10, "steps between log lines")
+    report_to: str | None = setting(
+        None, "log there too; TensorBoard is always written", ("mlflow",)
+    )
+    profile_steps: int = setting(
+        0, "write a torch.profiler trace of so many steps, after the first, to the run"
+    )
     export_to: str | None = setting(
         None, "write the trained model here as plain Hugging Face safetensors"
     )
@@ -166,7 +193,14 @@ POSITIVE = {  # field -> a value that works
     "save_total_limit": 2,
     "log_interval": 10,
 }
-NOT_NEGATIVE = ("weight_decay", "checkpoint_every", "max_failures", "seed")
+NOT_NEGATIVE = (
+    "weight_decay",
+    "eval_every",
+    "checkpoint_every",
+    "max_failures",
+    "profile_steps",
+    "seed",
+)
 
 
 def check_types(config: TrainConfig) -> None:

@@ -21,11 +21,12 @@ from tp2d_lib.dataset import load_builder, load_tokenizer, tokenize
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
 
-def prepare(config: TrainConfig) -> Path:
+def prepare(config: TrainConfig, whole: bool = False) -> Path:
     """Tokenise and cut the dataset into rows, or find the rows of an earlier run.
 
     Runs in the driver, before any worker exists. When several processes ask at once,
-    one works and the others wait.
+    one works and the others wait. With ``whole`` no token is left out: the last row
+    of packed documents is padded, long documents get as many rows as they need.
 
     Returns:
         A folder with ``input_ids.npy`` (rows, seq_length) int32 and ``lengths.npy``
@@ -38,13 +39,13 @@ def prepare(config: TrainConfig) -> Path:
         return check_prepared(config)
     tokenizer = load_tokenizer(config)
     builder = load_builder(config)
-    directory = config.data_dir / fingerprint(config, tokenizer, builder)
+    directory = config.data_dir / fingerprint(config, tokenizer, builder, whole)
     make_folder(config.data_dir)
     with FileLock(f"{directory}.lock"):
         if not directory.exists():
             work = Path(tempfile.mkdtemp(dir=config.data_dir, prefix=".rows-"))
             try:
-                write_rows(config, tokenizer, builder, work)
+                write_rows(config, tokenizer, builder, work, whole)
                 os.chmod(work, 0o755)  # mkdtemp makes it private
                 os.rename(work, directory)  # whole or not at all
             finally:
@@ -81,35 +82,34 @@ def make_folder(directory: Path) -> None:
         ) from error
 
 
-def fingerprint(config: TrainConfig, tokenizer, builder) -> str:
+def fingerprint(config: TrainConfig, tokenizer, builder, whole: bool) -> str:
     """Name of the rows: the same for equal content, another for any change."""
     parts = {
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "end": tokenizer.eos_token_id,
         "dataset": [builder.dataset_name, builder.config_id, builder.hash],
+        "split": config.dataset_split,
         "percentage": config.dataset_percentage,
         "text_column": config.text_column,
         "seq_length": config.seq_length,
         "pack": config.pack,
+        "whole": whole,
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def write_rows(config: TrainConfig, tokenizer, builder, directory: Path) -> None:
-    tokens_file = directory / "tokens.arrow"
-    documents = tokenize(config, tokenizer, builder, tokens_file)
+def write_rows(
+    config: TrainConfig, tokenizer, builder, directory: Path, whole: bool
+) -> None:
+    documents = tokenize(config, tokenizer, builder, directory / "tokens.arrow")
     lengths = np.concatenate(
         [batch["length"].to_numpy() for batch in arrow_batches(documents)]
         or [np.zeros(0, int)]
     )
     if config.pack:
-        count = int(lengths.sum()) // config.seq_length
-        row_lengths = np.full(count, config.seq_length, np.int32)
-    else:  # a row of one token has nothing to predict
-        row_lengths = np.minimum(lengths, config.seq_length)
-        row_lengths = row_lengths[row_lengths > 1].astype(np.int32)
-        count = len(row_lengths)
-    if count == 0:
+        lengths = lengths.sum(keepdims=True)
+    row_lengths = cut(lengths, config.seq_length, only_full=config.pack, whole=whole)
+    if len(row_lengths) == 0:
         raise ConfigError(
             f"dataset_percentage={config.dataset_percentage:g} of "
             f"{config.dataset_name!r} must fill at least one row of "
@@ -117,38 +117,53 @@ def write_rows(config: TrainConfig, tokenizer, builder, directory: Path) -> None
             "try dataset_percentage=100 or a shorter seq_length"
         )
     np.save(directory / "lengths.npy", row_lengths)
-    rows = np.lib.format.open_memmap(
-        directory / "input_ids.npy", "w+", np.int32, (count, config.seq_length)
-    )
+    shape = (len(row_lengths), config.seq_length)
+    rows = np.lib.format.open_memmap(directory / "input_ids.npy", "w+", np.int32, shape)
+    pad = tokenizer.pad_token_id
+    rows[:] = tokenizer.eos_token_id if pad is None else pad
     fill = fill_packed if config.pack else fill_padded
-    fill(rows, documents, tokenizer)
+    fill(rows, documents, whole)
     rows.flush()
     for leftover in directory.glob("tokens*.arrow"):  # one a process that tokenised
         leftover.unlink()
+
+
+def cut(lengths: np.ndarray, size: int, only_full: bool, whole: bool) -> np.ndarray:
+    """Lengths of the rows that texts of these lengths are cut into, in their order.
+
+    A row of one token has nothing to predict and is never made.
+    """
+    rows = []
+    for length in lengths.tolist():
+        full, rest = divmod(length, size)
+        if not whole:
+            full, rest = (full, 0) if only_full else (min(full, 1), rest * (full == 0))
+        rows += [size] * full + [rest] * (rest > 1)
+    return np.array(rows, np.int32)
 
 
 def arrow_batches(documents):
     return documents.with_format("arrow").iter(batch_size=1000)
 
 
-def fill_packed(rows: np.ndarray, documents, tokenizer) -> None:
+def fill_packed(rows: np.ndarray, documents, whole: bool) -> None:
     flat, start = rows.reshape(-1), 0
     for batch in arrow_batches(documents):
         tokens = batch["input_ids"].combine_chunks().flatten().to_numpy()
-        tokens = tokens[: len(flat) - start]  # the last, unfinished row is left out
+        tokens = tokens[: len(flat) - start]  # what fills no row is left out
         flat[start : start + len(tokens)] = tokens
         start += len(tokens)
 
 
-def fill_padded(rows: np.ndarray, documents, tokenizer) -> None:
-    pad = tokenizer.pad_token_id
-    rows[:] = tokenizer.eos_token_id if pad is None else pad
-    index = 0
+def fill_padded(rows: np.ndarray, documents, whole: bool) -> None:
+    index, size = 0, rows.shape[1]
     for document in documents.select_columns("input_ids"):
-        tokens = document["input_ids"][: rows.shape[1]]
-        if len(tokens) > 1:
-            rows[index, : len(tokens)] = tokens
-            index += 1
+        tokens = document["input_ids"]
+        for start in range(0, len(tokens) if whole else 1, size):
+            piece = tokens[start : start + size]
+            if len(piece) > 1:
+                rows[index, : len(piece)] = piece
+                index += 1
 
 
 class BatchLoader:
@@ -205,15 +220,14 @@ class BatchLoader:
             yield [self.micro_batch(share) for share in shares[:, self.dp_rank]]
 
     def micro_batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``labels``, each (batch, seq) int64; padding is -100."""
-        input_ids = torch.from_numpy(self.rows[ids].astype(np.int64))
-        padding = torch.arange(input_ids.shape[1]) >= torch.from_numpy(
-            self.lengths[ids]
-        ).unsqueeze(1)
-        return {
-            "input_ids": input_ids,
-            "labels": input_ids.masked_fill(padding, IGNORED),
-        }
+        return micro_batch(self.rows[ids], self.lengths[ids])
+
+
+def micro_batch(rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels``, each (batch, seq) int64; padding is -100."""
+    input_ids = torch.from_numpy(rows.astype(np.int64))
+    padding = torch.arange(rows.shape[1]) >= torch.from_numpy(lengths).unsqueeze(1)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding, IGNORED)}
 
 
 @lru_cache(maxsize=2)

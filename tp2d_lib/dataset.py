@@ -44,7 +44,7 @@ def load_builder(config: TrainConfig):
 
 
 def load_documents(config: TrainConfig, builder):
-    """The documents to train on: the first ``dataset_percentage`` of "train"."""
+    """The documents to use: the first ``dataset_percentage`` of the split."""
     from datasets import ReadInstruction
     from datasets.exceptions import DatasetGenerationError
 
@@ -56,19 +56,21 @@ def load_documents(config: TrainConfig, builder):
             f"dataset_name={config.dataset_name!r} must hold data that can be read "
             f"({reason}); try 'Salesforce/wikitext'"
         ) from error
-    if "train" not in builder.info.splits:
+    split = config.dataset_split
+    if split not in builder.info.splits:
         raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must have a split 'train', but "
-            f"it has {', '.join(builder.info.splits)}; try naming its file train.jsonl"
+            f"dataset_split={split!r} must be a split of {config.dataset_name!r}, "
+            f"which has {', '.join(builder.info.splits)}; "
+            f"try {closest(split, list(builder.info.splits))!r}"
         )
-    documents = builder.info.splits["train"].num_examples
+    documents = builder.info.splits[split].num_examples
     kept = round(documents * config.dataset_percentage / 100)
     if kept == 0:
         raise ConfigError(
             f"dataset_percentage={config.dataset_percentage:g} must keep at least "
             f"one of the {documents} documents of {config.dataset_name!r}; try 100"
         )
-    return builder.as_dataset(split=ReadInstruction("train", to=kept, unit="abs"))
+    return builder.as_dataset(split=ReadInstruction(split, to=kept, unit="abs"))
 
 
 def check_column(config: TrainConfig, documents) -> None:

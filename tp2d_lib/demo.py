@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 VOCAB_SIZE = 2048
@@ -17,7 +18,8 @@ def write(directory: str | Path) -> tuple[str, str]:
     Both take the forms Hugging Face gives them, so ``from_pretrained`` and
     ``load_dataset`` read them like any other: ``model/`` holds config, safetensors and
     tokenizer (about 1M fp32 parameters, random), ``dataset/`` one JSON line a paragraph
-    of Python's own documentation.
+    of Python's own documentation: the language reference to train on, the docstrings of
+    a few modules as its validation split.
 
     Args:
         directory: folder that every node sees.
@@ -31,7 +33,7 @@ def write(directory: str | Path) -> tuple[str, str]:
         work = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".demo-"))
         try:
             texts = paragraphs()
-            write_dataset(work / "dataset", texts)
+            write_dataset(work / "dataset", train=texts, validation=docstrings())
             write_model(work / "model", texts)
             os.chmod(work, 0o755)  # mkdtemp makes it private
             os.rename(work, directory)  # whole or not at all
@@ -50,11 +52,18 @@ def paragraphs() -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-def write_dataset(directory: Path, texts: list[str]) -> None:
+def docstrings() -> list[str]:
+    """What a few modules of the standard library say of themselves."""
+    names = ("argparse", "cmd", "decimal", "doctest", "heapq", "logging", "optparse")
+    return [import_module(name).__doc__ or name for name in names]
+
+
+def write_dataset(directory: Path, **splits: list[str]) -> None:
     directory.mkdir(parents=True)
-    with open(directory / "train.jsonl", "w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}) + "\n")
+    for split, texts in splits.items():
+        with open(directory / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for text in texts:
+                file.write(json.dumps({"text": text}) + "\n")
 
 
 def write_model(directory: Path, texts: list[str]) -> None:

@@ -62,8 +62,8 @@ def report(
             "one rank holds at most",
             *(f"  {name:<12}{size(count):>10}" for name, count in held.items()),
             f"  {'together':<12}{size(sum(held.values())):>10}",
-            f"  activations are those of a micro-batch of {tokens:,} tokens; gathered "
-            "weights, communication buffers and the allocator's reserve are not counted",
+            f"  activations of a micro-batch of {tokens:,} tokens; not counted: "
+            "gathered weights, communication buffers, the allocator's reserve",
             f"one rank sends in a step {size(predicted['tp'])} over tp and "
             f"{size(predicted['dp'])} over dp",
             f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
@@ -92,7 +92,8 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
 
     dist.init_process_group("fake", rank=0, world_size=world_size)
     dtype, _ = models.pick_dtype(config, config.device)
-    config = replace(config, device="cpu", dtype=str(dtype).removeprefix("torch."))
+    dtype = str(dtype).removeprefix("torch.")
+    config = replace(config, device="cpu", dtype=dtype, compile=False)
     grid = mesh.build_mesh(config.dp_size, config.tp_size, "cpu")
     with ExitStack() as stack:
         build, rank_bytes = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,14 +36,37 @@ def check(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: a precision that only DeepSpeed trains in.
-        PlanError: the model's plan does not cover it.
+        PlanError: the model's plan does not cover it, or its files use other names.
     """
     check_precision(config)
+    models.check_compiler(config)
+    model = models.build_empty_model(config)
+    check_attention(model, config)
     if config.tp_size > 1:
-        tensor_parallel_plan(models.build_empty_model(config))
+        tensor_parallel_plan(model)
+    missing = models.own_state(model).keys() - models.stored_names(config)
+    if missing:
+        raise PlanError(
+            f"the files of {config.model_name!r} must name weights as the model does, "
+            f"but lack {min(missing)!r}; try DeepSpeed, which loads the whole model"
+        )
+
+
+def check_attention(model: nn.Module, config: TrainConfig) -> None:
+    """A mask would be built for a tp rank's share of the positions only."""
+    if config.tp_size > 1 and model.config._attn_implementation == "eager":
+        raise PlanError(
+            f"{type(model).__name__} must attend without a mask to be split over tp "
+            "ranks, but knows eager attention only; try tp_size=1"
+        )
 
 
 def check_precision(config: TrainConfig) -> None:
+    if config.autocast and config.dtype not in ("auto", "bfloat16"):
+        raise ConfigError(
+            f"autocast=True must go with bfloat16, not dtype={config.dtype!r}; "
+            "try dtype='auto'"
+        )
     for name, ours in (("dtype", "bfloat16"), ("bf16_master_weights", False)):
         if getattr(config, name) in ("float16", True):
             raise ConfigError(
@@ -133,22 +157,29 @@ def forward_backward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
     """Add one micro-batch's gradient; returns this dp rank's share of the loss."""
+    tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
+    with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
+        loss = forward(engine, micro, valid)
+        (loss * dp_size).backward()  # FSDP averages over dp; the sum is wanted
+    loss = loss.detach()
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def forward(
+    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
     input_ids = micro["input_ids"].to(engine.device, non_blocking=True)
     labels = micro["labels"].to(engine.device, non_blocking=True)
     # A tp rank sees seq / tp rows, so the positions must be said.
     positions = torch.arange(input_ids.shape[1], device=engine.device)[None]
-    tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
-    with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
-        loss = engine.model(
-            input_ids=input_ids,
-            position_ids=positions,
-            labels=labels,
-            use_cache=False,
-            num_items_in_batch=valid,
-        ).loss
-        (loss * dp_size).backward()  # FSDP averages over dp; the sum is wanted
-    loss = loss.detach()
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+    return engine.model(
+        input_ids=input_ids,
+        position_ids=positions,
+        labels=labels,
+        use_cache=False,
+        num_items_in_batch=valid,
+    ).loss
 
 
 def build_engine(
@@ -168,8 +199,15 @@ def build_engine(
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
     dtype, _ = models.pick_dtype(config, mesh.device_type)
-    model = parallelize(models.build_empty_model(config), mesh, dtype)
+    weights = torch.float32 if config.autocast else dtype  # as they are gathered
+    model = models.build_empty_model(config)
+    check_attention(model, config)
+    model = parallelize(model, mesh, weights)
     load(model, config, device)
+    if config.compile:
+        models.compile_blocks(model)
+    if config.autocast:
+        model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
     optimizer = build_optimizer(model, config)
     return FSDPEngine(model, optimizer, mesh, config, device, train_step)
 
@@ -183,6 +221,7 @@ class FSDPEngine:
         self.step = partial(train_step, self)
         self.notice = models.pick_dtype(config, device.type)[1]
         self.gradients_checked = False
+        self.writing: Future | None = None
 
     def check_first_gradients(self) -> None:
         """On the first step, compare whole gradients across the tp ranks."""
@@ -200,6 +239,16 @@ class FSDPEngine:
             if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
         }
 
+    @torch.no_grad()
+    def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a micro-batch summed over its tokens, for a validation loss."""
+        self.model.eval()
+        one = torch.ones((), device=self.device)
+        with loss_parallel() if self.mesh["tp"].size() > 1 else nullcontext():
+            loss = forward(self, micro, one)
+        self.model.train()
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
     def state_dict(self) -> dict:
         return {
             "model": models.own_state(self.model),
@@ -207,9 +256,23 @@ class FSDPEngine:
             f"rng{dist.get_rank()}": rng.states(self.device),  # each rank its own
         }
 
-    def save(self, directory: str | Path) -> None:
-        """Write the shards of model, optimizer and RNG; every rank calls."""
-        dcp.save(self.state_dict(), checkpoint_id=str(directory))
+    def save(self, directory: str | Path) -> Future | None:
+        """Write the shards of model, optimizer and RNG; every rank calls.
+
+        With ``async_checkpoint`` they are copied, and written while training goes on;
+        the future is done when they are. One at a time: their ranks must agree.
+        """
+        if not self.config.async_checkpoint:
+            dcp.save(self.state_dict(), checkpoint_id=str(directory))
+            return None
+        if self.writing:
+            self.writing.result()
+        else:  # training must not share a group with the threads that write
+            self.writers = dist.new_group(backend="gloo")
+        self.writing = dcp.async_save(
+            self.state_dict(), checkpoint_id=str(directory), process_group=self.writers
+        )
+        return self.writing
 
     def load(self, directory: str | Path) -> None:
         """Read them back, on this mesh or another one; every rank calls."""

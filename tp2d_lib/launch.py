@@ -7,19 +7,20 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from importlib import import_module
 
 import ray
 import ray.train
 import yaml
-from pyarrow.fs import FileSystem
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
-from tp2d_lib import data, progress
+from tp2d_lib import data, evaluate, progress, reporting, signals, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 
 WORKER_ENV = {
@@ -97,11 +98,12 @@ def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> N
 def store_config(config: TrainConfig) -> str:
     """Write the resolved configuration into the run's folder; returns the YAML text."""
     text = yaml.safe_dump(asdict(config), sort_keys=False)
-    files, storage = FileSystem.from_uri(storage_uri(config.storage_path))
-    files.create_dir(f"{storage}/{config.run_name}")
-    with files.open_output_stream(f"{storage}/{config.run_name}/config.yaml") as file:
-        file.write(text.encode())
+    storage.write(config, "config.yaml", text.encode())
     return text
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run early; everything up to its last step is saved."""
 
 
 def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
@@ -109,20 +111,39 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
 
     The data is prepared first, here. A run that loses a worker restarts from its last
     checkpoint, ``max_failures`` times; a run started again under the same ``run_name``
-    and ``storage_path`` goes on where it stopped, also on another mesh.
+    and ``storage_path`` goes on where it stopped, also on another mesh. Ctrl-C and
+    SIGTERM end it after the step under way, with a checkpoint; a second one at once.
 
     Returns:
         Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
 
     Raises:
         ConfigError: before any worker starts.
+        Stopped: by a signal.
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
     """
     connect()
     config = resolve(config)
+    callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
+    trainer = build_trainer(train_func, config, callbacks)
+    status = "FAILED"
+    try:
+        with progress.Watcher(config.run_name) as watcher:
+            result, caught = fit(trainer, watcher)
+        early = caught and result.metrics["step"] < watcher.total
+        status = "KILLED" if early else "FINISHED"
+    finally:
+        for callback in callbacks:
+            callback.finish(status)
+    if early:
+        raise Stopped(f"{caught[0]} after step {result.metrics['step']}")
+    return result
+
+
+def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrainer:
     use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         lambda: on_rank(train_func, config),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -135,29 +156,44 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
         ),
         run_config=ray.train.RunConfig(
             name=config.run_name,
-            storage_path=storage_uri(config.storage_path),
+            storage_path=storage.uri(config.storage_path),
+            callbacks=callbacks,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=config.save_total_limit
             ),
         ),
     )
-    with progress.Watcher(config.run_name):
-        return trainer.fit()
+
+
+def fit(trainer: TorchTrainer, watcher: progress.Watcher):
+    """Ray's result, and the name of the signal that came meanwhile, in a list.
+
+    Ray takes Ctrl-C for itself when it trains in the main thread, and drops the run.
+    """
+    future: Future = Future()
+
+    def train() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=train, daemon=True).start()
+    with signals.first_one(watcher.stop_training) as caught:
+        return future.result(), caught
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is decided once per run: its device, its name and its rows."""
+    held_out = evaluate.prepare(config)
     return replace(
         config,
         device=pick_device(config),
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
         prepared_data=str(data.prepare(config)),
+        prepared_eval_data=held_out and str(held_out),
     )
-
-
-def storage_uri(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
 
 
 def pick_device(config: TrainConfig) -> str:

@@ -7,36 +7,56 @@ import math
 from tp2d_lib import checkpoint, progress
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
+from tp2d_lib.evaluate import evaluate
 from tp2d_lib.metrics import Metrics
+from tp2d_lib.profile import profiler
 
 
 def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the data."""
+    """Train from the last checkpoint, or from the start, to the end of the data.
+
+    Or until the driver asks to stop: then the step under way is the last, and saved.
+    """
     state = checkpoint.restore(engine, config)
     loader.position = state["position"]
     start, total = state["step"], state["step"] + loader.steps_left
-    publish = progress.publisher(config.run_name)
-    publish({"notice": engine.notice})
-    publish({"start": start, "total": total})
-    metrics = Metrics(engine, config, start, state["history"], publish)
-    for step, batch in enumerate(loader, start=start + 1):
-        rate = learning_rate(step, total, config)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        loss, grad_norm = engine.step(batch)
-        metrics.add(batch, loss, grad_norm)
-        last = step == total
-        save = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
-        if save or step % config.log_interval == 0:  # no step is left unlogged
-            metrics.log(step, rate, loader.position)
-        if save:
-            state = {"step": step, "position": loader.position}
-            state["history"] = metrics.history
-            checkpoint.commit(engine, state, config)
-            metrics.reset()  # saving is not training: leave it out of the speed
+    link = progress.Link(config.run_name)
+    link.publish({"notice": engine.notice})
+    link.publish({"start": start, "total": total})
+    step = start
+    metrics = Metrics(engine, config, start, state["history"], link.publish)
+    with profiler(config) as profile:
+        for step, batch in enumerate(loader, start=start + 1):
+            link.ask(step)
+            rate = learning_rate(step, total, config)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            loss, grad_norm = engine.step(batch)
+            profile.step()
+            metrics.add(batch, loss, grad_norm)
+            stop = link.told_to_stop()
+            last = stop or step == total
+            evaluates = is_due(step, config.eval_every, step == total)
+            saves = is_due(step, config.checkpoint_every, last) or last
+            if saves or evaluates or step % config.log_interval == 0:
+                metrics.log(step, rate, loader.position)  # no step is left unlogged
+            if evaluates:
+                metrics.log_eval(step, evaluate(engine, config))
+            if saves:
+                state = {"step": step, "position": loader.position}
+                state["history"] = metrics.history
+                checkpoint.commit(engine, state, config)
+                metrics.reset()  # saving is not training: leave it out of the speed
+            if stop:
+                break
     metrics.close()
-    if config.export_to:
+    if config.export_to and step == total:
         engine.export(config.export_to)
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps, 0 for never, is done now."""
+    return every > 0 and (last or step % every == 0)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tp2d_lib import data
+from tp2d_lib.checkpoint import report
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
 
@@ -127,8 +128,22 @@ class Metrics:
         if self.writer:
             for key in record.keys() - {"step", "position"}:
                 self.writer.add_scalar(f"train/{key}", record[key], step)
-        self.publish(record)
+        self.tell(record)
         self.reset()
+
+    def log_eval(self, step: int, loss: float) -> None:
+        """Add a validation loss to the record of a step that was just logged."""
+        self.history[-1]["eval_loss"] = loss
+        if self.writer:
+            self.writer.add_scalar("eval/loss", loss, step)
+        self.tell({"step": step, "eval_loss": loss})
+        self.reset()
+
+    def tell(self, record: dict) -> None:
+        """To the driver, and through Ray to whom ``report_to`` names."""
+        self.publish(record)
+        if self.config.report_to:
+            report(dict(record), self.config)  # which goes on growing
 
     def over_ranks(self) -> tuple[int, int]:
         """Valid tokens over all dp ranks; the largest peak memory of any rank."""

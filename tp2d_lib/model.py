@@ -95,6 +95,8 @@ def device_type(config: TrainConfig) -> str:
 
 def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]:
     """The compute type and the reason for it; weights and reductions stay float32."""
+    if config.autocast:
+        return torch.bfloat16, "bfloat16 by autocast, float32 weights and reductions"
     if config.dtype != "auto":
         return getattr(torch, config.dtype), f"dtype={config.dtype} was asked for"
     if device_type != "cuda":
@@ -124,6 +126,32 @@ def checkpoint_activations(model: nn.Module) -> None:
     getattr(model, name if hasattr(model, name) else old)({"use_reentrant": False})
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile attention and MLP of each layer, when they are first called.
+
+    Not the layer as a whole: with sequence-parallel input torch 2.13 then returns a
+    wrong gradient to the embedding, and says nothing.
+    """
+    for layer in model.get_decoder().layers:
+        for block in layer.children():
+            if next(block.children(), None) is not None:  # a norm is too small
+                block.compile()
+
+
+def check_compiler(config: TrainConfig) -> None:
+    """On CPUs torch.compile writes C++."""
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if (
+        config.compile
+        and device_type(config) == "cpu"
+        and not any(map(shutil.which, compilers))
+    ):
+        raise ConfigError(
+            "compile=True must find a C++ compiler, g++ or clang++, when it trains on "
+            "a CPU; try compile=False"
+        )
+
+
 def model_directory(config: TrainConfig) -> Path:
     """The folder with the model's safetensors; downloads a Hub model first."""
     if os.path.isdir(config.model_name):
@@ -144,6 +172,17 @@ def model_directory(config: TrainConfig) -> Path:
             "with save_pretrained, which writes them"
         )
     return directory
+
+
+def stored_names(config: TrainConfig) -> set[str]:
+    """Names of the tensors in the model's files; reads their headers, no weights."""
+    if os.path.isdir(config.model_name):
+        reader = HuggingFaceStorageReader(str(model_directory(config)))
+        return set(reader.read_metadata().state_dict_metadata)
+    from huggingface_hub import get_safetensors_metadata
+
+    found = get_safetensors_metadata(config.model_name, revision=config.model_revision)
+    return set(found.weight_map)
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Live progress: rank 0 tells a small actor, the driver shows what it heard."""
+"""Between driver and workers, while they train: progress one way, "stop" the other."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Records of one run, in the order they came."""
+    """Records of one run, in the order they came; and after which step to stop."""
 
     def __init__(self):
         self.records: list[dict] = []
+        self.last_asked = 0
+        self.stop_after: int | None = None
 
     def add(self, record: dict) -> None:
         self.records.append(record)
@@ -22,22 +25,44 @@ class Board:
     def since(self, count: int) -> list[dict]:
         return self.records[count:]
 
+    def stop(self) -> None:
+        """Stop after the first step that no rank has asked about yet."""
+        self.stop_after = self.stop_after or self.last_asked + 1
+
+    def ends_with(self, step: int) -> bool:
+        """Whether a step is the last; every rank asks, and all are told the same."""
+        self.last_asked = max(self.last_asked, step)
+        return self.stop_after is not None and step >= self.stop_after
+
 
 def board_name(run_name: str | None) -> str:
     return f"tp2d-progress-{run_name}"
 
 
-def publisher(run_name: str | None) -> Callable[[dict], None]:
-    """A function that sends a record to the run's board; silent on other ranks."""
-    import torch.distributed as dist  # here, so that the board's process need not
+class Link:
+    """A worker's end of the board; silent when nobody watches."""
 
-    if dist.get_rank() != 0:
-        return lambda record: None
-    try:
-        board = ray.get_actor(board_name(run_name))
-    except ValueError:  # nobody is watching
-        return lambda record: None
-    return lambda record: board.add.remote(record) and None
+    def __init__(self, run_name: str | None):
+        import torch.distributed as dist  # here, so that the board's process need not
+
+        self.speaks = dist.get_rank() == 0
+        self.answer = None
+        try:
+            self.board = ray.get_actor(board_name(run_name))
+        except ValueError:  # nobody is watching
+            self.board = None
+
+    def publish(self, record: dict) -> None:
+        if self.board and self.speaks:
+            self.board.add.remote(record)
+
+    def ask(self, step: int) -> None:
+        """Ask whether a step is the last, as it begins: the answer takes a while."""
+        if self.board:
+            self.answer = self.board.ends_with.remote(step)
+
+    def told_to_stop(self) -> bool:
+        return self.board is not None and ray.get(self.answer)
 
 
 class Watcher:
@@ -48,7 +73,7 @@ class Watcher:
         self.show = display_in_notebook() or display_on_terminal()
         self.records: list[dict] = []
         self.total = 0
-        self.stop = threading.Event()
+        self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -57,13 +82,17 @@ class Watcher:
         return self
 
     def __exit__(self, *_) -> None:
-        self.stop.set()
+        self.done.set()
         self.thread.join()
         self.poll()
         ray.kill(self.board)
 
+    def stop_training(self) -> None:
+        """Ask the workers to save a checkpoint and return."""
+        self.board.stop.remote()
+
     def watch(self) -> None:
-        while not self.stop.wait(0.5):
+        while not self.done.wait(0.5):
             self.poll()
 
     def poll(self) -> None:
@@ -75,18 +104,21 @@ class Watcher:
                 self.total = record["total"]
                 if record["start"]:
                     self.show(f"resumed after step {record['start']}", done=True)
+            elif "eval_loss" in record:
+                said = f"step {record['step']}: eval_loss {record['eval_loss']:.4f}"
+                self.show(said, done=True)
             else:
                 self.show(line(record, self.total), record["step"] == self.total)
 
 
 def line(record: dict, total: int) -> str:
     """One record as a sentence of figures."""
-    left = (total - record["step"]) * record["step_time"]
-    done = round(20 * record["step"] / total)
+    left = round((total - record["step"]) * record["step_time"])
+    done = round(10 * record["step"] / total)
     text = (
-        f"[{'#' * done}{'.' * (20 - done)}] step {record['step']}/{total}"
+        f"[{'#' * done}{'.' * (10 - done)}] step {record['step']}/{total}"
         f"  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        f"  {record['step_time']:.2f} s/step  {left:.0f} s left"
+        f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
     )
     return text + (f"  MFU {record['mfu']:.0%}" if "mfu" in record else "")
 
@@ -113,7 +145,8 @@ def display_on_terminal() -> Callable[..., None]:
     live = sys.stdout.isatty()
 
     def show(text: str, done: bool = False) -> None:
-        end = "\n" if done or not live else ""
-        print(f"\r{text:<79}" if live else text, end=end, flush=True)
+        if live:  # a line that wraps could not be rewritten
+            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="\n" if done or not live else "", flush=True)
 
     return show

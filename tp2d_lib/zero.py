@@ -14,6 +14,9 @@ def check_precision(config: TrainConfig) -> None:
     Raises:
         ConfigError: a precision that the ZeRO stage or the hardware does not allow.
     """
+    for name in ("autocast", "async_checkpoint"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}=True must be left to FSDP2; try {name}=False")
     where = device_type(config)
     dtype, _ = pick_dtype(config, where)
     half = dtype in (torch.bfloat16, torch.float16)

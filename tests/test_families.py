@@ -1,0 +1,180 @@
+"""Each model family on both engines: parity with one process, or a clear error.
+
+The table in README.md is what is observed here; ``TP2D_WRITE_README=1`` writes it.
+"""
+
+import os
+import re
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import reference
+from tests.models import write_model
+from tests.test_parity import MAX_GRAD_NORM, STEPS, make_config, make_steps, share_of
+from tests.test_partition import ATTENTION, FUSED, GATE_UP, ONLY_MLP, ROWS_RULE, rules
+from tp2d_lib.config import ConfigError
+from tp2d_lib.plan import PlanError
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
+ENGINES = {"fsdp": "FSDP2 + DTensor", "autotp": "DeepSpeed AutoTP"}
+VARIANT = ("padded", 2, "sgd")
+ATOL = 1e-4
+
+EQUAL = "equal"
+EXPERTS = "refused: experts"
+NO_PLAN = "refused: no plan of its own"
+GATHERS = "refused: its plan gathers inside a block"
+MASKS = "refused: eager attention only"
+NAMES = "refused: its files use other names"
+REASONS = {  # words of an error -> what the table says
+    "moe_tp_experts": "experts",
+    "must publish a tp_plan": "no plan of its own",
+    "colwise_gather_output|rowwise_split_input": "its plan gathers inside a block",
+    "knows eager attention only": "eager attention only",
+    "must name weights as the model does": "its files use other names",
+}
+# Settings for AutoTP where it refuses the default.
+WHOLE_VOCABULARY = {"vocab_parallel_lm_head": False}
+HALF_FUSED = rules(ATTENTION, GATE_UP, ROWS_RULE)
+FAMILIES = {  # its model in tests/models.py, what FSDP2 and AutoTP must do with it
+    "Qwen2": ("qwen2-tied", EQUAL, EQUAL),
+    "Qwen3": ("qwen3", EQUAL, EQUAL),
+    "Llama": ("llama", EQUAL, EQUAL),
+    "Mistral": ("mistral", EQUAL, EQUAL),
+    "Mixtral": ("mixtral", EXPERTS, EXPERTS),
+    "Gemma": ("gemma", EQUAL, WHOLE_VOCABULARY),
+    "Gemma 2": ("gemma2", MASKS, WHOLE_VOCABULARY),
+    "Gemma 3 (text)": ("gemma3", EQUAL, EQUAL),
+    "Phi-3": ("phi3", GATHERS, {"partition_config": FUSED}),
+    "Granite": ("granite", EQUAL, EQUAL),
+    "SmolLM3": ("smollm3", EQUAL, EQUAL),
+    "OLMo 2": ("olmo2", GATHERS, {"partition_config": ONLY_MLP}),
+    "StarCoder2": ("starcoder2", EQUAL, EQUAL),
+    "Cohere": ("cohere", EQUAL, EQUAL),
+    "GLM-4": ("glm4", GATHERS, {"partition_config": HALF_FUSED}),
+    "StableLM": ("stablelm", NO_PLAN, EQUAL),
+    "GPT-NeoX": ("gpt-neox", NAMES, EQUAL),
+}
+
+
+def expected_of(family: str, engine: str) -> str | dict:
+    """A cell of the table, or the settings that make AutoTP equal."""
+    return dict(zip(ENGINES, FAMILIES[family][1:], strict=True))[engine]
+
+
+def cell_of(expected: str | dict) -> str:
+    """What the table says: a result, or parity with these settings."""
+    if isinstance(expected, str):
+        return expected
+    (name, value), *_ = expected.items()
+    return f"equal, `{name}`" if isinstance(value, dict) else f"equal, `{name}={value}`"
+
+
+def accepted(engine: str, config, expected: str | dict) -> tuple:
+    """The default where the driver accepts it, else with the family's own settings."""
+    check = import_module(f"tp2d_lib.{engine}").check
+    try:
+        check(config)
+        return config, EQUAL
+    except (ConfigError, PlanError):
+        if isinstance(expected, str):
+            raise
+    config = replace(config, **expected)
+    check(config)
+    return config, cell_of(expected)
+
+
+def refusal(said: str) -> str:
+    assert re.fullmatch(".+ must .+; try .+", said), "a rule and a way out, in one line"
+    return f"refused: {reason(said)}"
+
+
+def reason(said: str) -> str:
+    return next((why for words, why in REASONS.items() if re.search(words, said)), said)
+
+
+def train(engine, config):
+    """Run by every rank: losses and norms, or the error that ended it everywhere."""
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    steps = make_steps(*VARIANT[:2])
+    try:
+        built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+        batches = share_of(steps, mesh, config.batch_size_per_gpu)
+        trained = [tuple(map(float, built.step(batch))) for batch in batches]
+        built.export(config.export_to)
+    except Exception as error:  # raised, it would end the group for other families
+        return f"{type(error).__name__}: {error}"
+    return trained
+
+
+def check_equal(answers: list, config) -> None:
+    """Losses and norms on every rank, and every exported weight."""
+    losses, norms, weights = reference.train(
+        config.model_name, VARIANT[2], make_steps(*VARIANT[:2]), MAX_GRAD_NORM
+    )
+    for got in answers:
+        torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-4, atol=0)
+    before, exported = (
+        dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+        for path in (config.model_name, config.export_to)
+    )
+    assert exported.keys() == weights.keys()
+    decay = (1 - config.learning_rate * config.weight_decay) ** STEPS
+    for key, weight in weights.items():
+        apart = (exported[key] - weight).abs().max()
+        assert apart <= ATOL, f"{key} is {apart} from one process"
+        moved = (weight - decay * before[key]).abs().max()
+        assert moved > 5 * ATOL, f"{key} moves too little to be compared: {moved}"
+
+
+@pytest.fixture(scope="module")
+def observe(pools, tmp_path_factory):
+    """``observe(family, engine)``: the cell of the table, found out once."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @cache
+    def observe(family: str, engine: str) -> str:
+        name = FAMILIES[family][0]
+        path = write_model(name, folder, initializer_range=0.2)  # attention matters
+        default = make_config(
+            path, str(folder), 2, 2, VARIANT, export_to=str(folder / engine / name)
+        )
+        try:
+            config, cell = accepted(engine, default, expected_of(family, engine))
+        except (ConfigError, PlanError) as error:
+            return refusal(str(error))
+        answers = pools(4, engine).run(train, engine, config)
+        if isinstance(answers[0], str):
+            return f"fails in the workers: {reason(answers[0])}"
+        check_equal(answers, config)
+        return cell
+
+    return observe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_family_equals_one_process_or_is_refused(engine, family, observe):
+    assert observe(family, engine) == cell_of(expected_of(family, engine))
+
+
+def test_the_readme_says_what_was_observed(observe):
+    lines = [["model family", *ENGINES.values()], ["---"] * (1 + len(ENGINES))]
+    lines += [[f, *(observe(f, engine) for engine in ENGINES)] for f in FAMILIES]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if os.environ.get("TP2D_WRITE_README"):
+        README.write_text(BLOCK.sub(lambda _: table, README.read_text()))
+    assert BLOCK.findall(README.read_text()) == [table], (
+        "README.md must have the table that was observed; write it with "
+        "TP2D_WRITE_README=1 .venv/bin/python -m pytest tests/test_families.py"
+    )

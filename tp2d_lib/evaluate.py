@@ -1,0 +1,65 @@
+"""The validation loss: every held-out token once, the same number on every mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tp2d_lib import data
+from tp2d_lib.config import ConfigError, TrainConfig
+
+
+def prepare(config: TrainConfig) -> Path | None:
+    """The rows of the held-out data, none of its tokens left out; made in the driver.
+
+    Raises:
+        ConfigError: the data cannot be read, or has no such split.
+    """
+    if not config.eval_every:
+        return None
+    held_out = {"dataset_split": config.eval_split, "dataset_percentage": 100}
+    if config.eval_dataset:
+        held_out |= {"dataset_name": config.eval_dataset, "dataset_config": None}
+    held_out |= {"prepared_data": config.prepared_eval_data}
+    try:
+        return data.prepare(replace(config, **held_out), whole=True)
+    except ConfigError as error:
+        sentence = str(error).replace("dataset_split=", "eval_split=")
+        if config.eval_dataset:
+            sentence = sentence.replace("dataset_name=", "eval_dataset=")
+        raise ConfigError(sentence) from error
+
+
+def batches(config: TrainConfig, dp_rank: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This dp rank's micro-batches, as many as every other's; filled up with padding.
+
+    Rows are dealt out in their order; a row past the last one counts for nothing.
+    """
+    directory = Path(config.prepared_eval_data)
+    rows = np.load(directory / "input_ids.npy", mmap_mode="r")
+    lengths = np.load(directory / "lengths.npy")
+    size = config.batch_size_per_gpu
+    for start in range(0, len(rows), config.dp_size * size):
+        ids = start + dp_rank * size + np.arange(size)
+        mine = np.minimum(ids, len(rows) - 1)
+        yield data.micro_batch(rows[mine], np.where(ids < len(rows), lengths[mine], 0))
+
+
+def evaluate(engine, config: TrainConfig) -> float:
+    """Mean loss of the held-out tokens, nats per token; every rank calls.
+
+    The first token of a row is predicted by nothing, so it is not counted.
+    """
+    dp = engine.mesh["dp"]
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for micro in batches(config, dp.get_local_rank()):
+        total[0] += engine.summed_loss(micro)
+        total[1] += data.valid_tokens([micro])
+    dist.all_reduce(total, group=dp.get_group())
+    loss, tokens = total.tolist()
+    return loss / tokens

@@ -1,0 +1,23 @@
+"""A run's folder, on a disk that all nodes share or in a remote store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyarrow.fs import FileSystem
+
+from tp2d_lib.config import TrainConfig
+
+
+def uri(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def write(config: TrainConfig, name: str, content: bytes) -> None:
+    """Write a file into the run's folder; ``name`` may contain folders."""
+    files, storage = FileSystem.from_uri(uri(config.storage_path))
+    path = f"{storage}/{config.run_name}/{name}"
+    files.create_dir(str(Path(path).parent))
+    with files.open_output_stream(path) as file:
+        file.write(content)
