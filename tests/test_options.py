@@ -1,32 +1,48 @@
 """Options that change how a step is computed: compile, autocast; each against plain."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from tests.models import write_model
 from tests.test_parity import make_config, make_steps, share_of
+from tp2d_lib import autotp, fsdp
+from tp2d_lib.config import ConfigError
 
 VARIANT = ("padded", 1, "sgd")
+
+
+@cache  # DTensor goes on with the groups of the first of equal meshes
+def the_mesh():
+    from tp2d_lib.mesh import build_mesh
+
+    return build_mesh(2, 2)
 
 
 def train(engine, configs):
     """Run by every rank: losses, norms and trained weights of each configuration."""
     from importlib import import_module
 
-    from tp2d_lib.mesh import build_mesh
+    from torch._dynamo.utils import counters
 
-    results = []
+    from tp2d_lib.comm import CommBytes
+
+    results, mesh = [], the_mesh()
     for config in configs:
-        mesh = build_mesh(config.dp_size, config.tp_size)
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
         batches = share_of(make_steps(*VARIANT[:2]), mesh, config.batch_size_per_gpu)
-        trained = [tuple(map(float, built.step(batch))) for batch in batches]
+        counted = CommBytes(mesh)  # a compiled function would be compiled with it
+        with nullcontext() if config.compile else counted:
+            trained = [tuple(map(float, built.step(batch))) for batch in batches]
         weights = [p.detach().float() for p in built.model.parameters()]
         weights = [w.to_local() if hasattr(w, "to_local") else w for w in weights]
-        results.append((trained, [weight.clone() for weight in weights]))
+        assert bool(counters["stats"]["unique_graphs"]) == config.compile
+        kept = [weight.clone() for weight in weights]
+        results.append((trained, kept, counted.sent("dp")))
     return results
 
 
@@ -37,14 +53,41 @@ def plain(tmp_path_factory):
     return make_config(path, str(folder), 2, 2, VARIANT)
 
 
+def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
+    autocast, half = replace(plain, autocast=True), replace(plain, dtype="bfloat16")
+    for answers in pools(4, "fsdp").run(train, "fsdp", [plain, autocast, half]):
+        (exact, _, sent), (got, weights, sent_too), (rounded, _, sent_half) = answers
+        torch.testing.assert_close(got, exact, rtol=2e-2, atol=0)
+        assert got != exact
+        assert got != rounded
+        assert all(weight.dtype == torch.float32 for weight in weights)
+        assert sent_too == sent > sent_half
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("engine", ["fsdp", "autotp"])
 def test_compiled_equals_plain(engine, plain, pools):
     again = replace(plain, activation_checkpointing=True, compile=True)
-    configs = [plain, replace(plain, compile=True), again]
-    for answers in pools(4, engine).run(train, engine, configs):
-        expected, *others = answers
-        for got in others:
-            torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
-            for weight, other in zip(got[1], expected[1], strict=True):
-                torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
+    for expected, got in pools(4, engine).run(train, engine, [plain, again]):
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
+        for weight, other in zip(got[1], expected[1], strict=True):
+            torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "sentence"),
+    [
+        (fsdp, {"autocast": True, "dtype": "float32"}, "autocast=True must go with bf"),
+        (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
+        (autotp, {"async_checkpoint": True}, "async_checkpoint=True must be left to"),
+    ],
+)
+def test_an_engine_refuses_what_it_cannot(engine, settings, sentence, plain):
+    with pytest.raises(ConfigError, match=sentence):
+        engine.check(replace(plain, **settings))
+
+
+def test_compile_needs_a_compiler(plain, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"compile=True must find a C\+\+ compiler"):
+        fsdp.check(replace(plain, compile=True))

@@ -183,7 +183,7 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
 
     launch.connect()
     config = launch.resolve(config)
-    print(launch.store_config(config), flush=True)
+    print(launch.as_yaml(config), flush=True)
     try:
         result = launch.run(train_func, config)
     except (ray.train.TrainingFailedError, launch.Stopped) as error:

@@ -95,11 +95,9 @@ def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> N
         ) from error
 
 
-def store_config(config: TrainConfig) -> str:
-    """Write the resolved configuration into the run's folder; returns the YAML text."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
-    storage.write(config, "config.yaml", text.encode())
-    return text
+def as_yaml(config: TrainConfig) -> str:
+    """The configuration as the command lines read it with ``--config``."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 class Stopped(RuntimeError):
@@ -109,10 +107,11 @@ class Stopped(RuntimeError):
 def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """Train: ``train_func(config)`` on ``config.num_workers`` Ray workers.
 
-    The data is prepared first, here. A run that loses a worker restarts from its last
-    checkpoint, ``max_failures`` times; a run started again under the same ``run_name``
-    and ``storage_path`` goes on where it stopped, also on another mesh. Ctrl-C and
-    SIGTERM end it after the step under way, with a checkpoint; a second one at once.
+    The data is prepared first, here, and the configuration kept with the run. A run
+    that loses a worker restarts from its last checkpoint, ``max_failures`` times; a run
+    started again under the same ``run_name`` and ``storage_path`` goes on where it
+    stopped, also on another mesh. Ctrl-C and SIGTERM end it after the step under way,
+    with a checkpoint; a second one at once.
 
     Returns:
         Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
@@ -124,6 +123,7 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """
     connect()
     config = resolve(config)
+    storage.write(config, "config.yaml", as_yaml(config).encode())
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     trainer = build_trainer(train_func, config, callbacks)
     status = "FAILED"

@@ -176,11 +176,11 @@ def model_directory(config: TrainConfig) -> Path:
 
 def stored_names(config: TrainConfig) -> set[str]:
     """Names of the tensors in the model's files; reads their headers, no weights."""
-    if os.path.isdir(config.model_name):
+    from huggingface_hub import constants, get_safetensors_metadata
+
+    if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
         reader = HuggingFaceStorageReader(str(model_directory(config)))
         return set(reader.read_metadata().state_dict_metadata)
-    from huggingface_hub import get_safetensors_metadata
-
     found = get_safetensors_metadata(config.model_name, revision=config.model_revision)
     return set(found.weight_map)
 

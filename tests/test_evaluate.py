@@ -1,0 +1,123 @@
+"""The validation loss: every held-out token counts once, on every mesh the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.test_data import sentences, write_texts
+from tp2d_lib import evaluate
+from tp2d_lib.config import ConfigError, TrainConfig
+
+HELD_OUT = [*sentences(40), "word " * 300]  # one document longer than a row
+SEQ = 32
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, demo_paths):
+    folder = tmp_path_factory.mktemp("held-out")
+    model_name, dataset_name = demo_paths
+    config = TrainConfig(
+        model_name=model_name,
+        dataset_name=dataset_name,
+        eval_dataset=write_texts(folder / "texts", HELD_OUT, split="test"),
+        eval_split="test",
+        eval_every=1,
+        seq_length=SEQ,
+        batch_size_per_gpu=3,  # does not divide the rows
+        storage_path=str(folder),
+    )
+    return config
+
+
+def tokens_of(config) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    ids = tokenizer(HELD_OUT)["input_ids"]
+    return [[*document, tokenizer.eos_token_id] for document in ids]
+
+
+def rows_of(config) -> list[list[int]]:
+    """What must be read: all tokens, cut by hand."""
+    documents = tokens_of(config)
+    if config.pack:
+        documents = [[token for document in documents for token in document]]
+    return [
+        document[start : start + SEQ]
+        for document in documents
+        for start in range(0, len(document), SEQ)
+    ]
+
+
+@torch.no_grad()
+def expected_loss(config) -> float:
+    """One process, one row at a time, nothing padded."""
+    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    total, count = 0.0, 0
+    for row in rows_of(config):
+        if len(row) > 1:
+            ids = torch.tensor([row])
+            logits = model(ids).logits[0, :-1]
+            total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            count += len(row) - 1
+    return total / count
+
+
+def evaluate_on_mesh(engine, configs):
+    """Run by every rank; the second evaluation follows a training step."""
+    from importlib import import_module
+
+    from tp2d_lib.mesh import build_mesh
+
+    losses = []
+    for config in configs:
+        mesh = build_mesh(config.dp_size, config.tp_size)
+        built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+        losses.append(evaluate.evaluate(built, config))
+        assert built.model.training
+        micro = next(evaluate.batches(config, mesh["dp"].get_local_rank()))
+        built.step([micro])
+        losses.append(evaluate.evaluate(built, config))
+    return losses
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
+def test_no_token_is_left_out(config, pack):
+    config = replace(config, pack=pack)
+    folder = evaluate.prepare(config)
+    rows, lengths = np.load(folder / "input_ids.npy"), np.load(folder / "lengths.npy")
+    kept = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+    assert kept == [row for row in rows_of(config) if len(row) > 1]
+    assert len(kept) % (config.batch_size_per_gpu * 2)
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
+def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
+    config = replace(config, pack=pack)
+    config = replace(config, prepared_eval_data=str(evaluate.prepare(config)))
+    expected = expected_loss(config)
+    meshes = {"fsdp": [(1, 4), (2, 2), (4, 1)], "autotp": [(2, 2)]}
+    for engine, sizes in meshes.items():
+        configs = [
+            replace(config, tp_size=tp, dp_size=dp, num_workers=None, zero_stage=3)
+            for tp, dp in sizes
+        ]
+        for ranks in pools(4, engine).run(evaluate_on_mesh, engine, configs):
+            before, after = ranks[0::2], ranks[1::2]
+            assert before == pytest.approx([expected] * len(sizes), rel=1e-6)
+            assert all(abs(loss - expected) > 1e-6 for loss in after)
+
+
+def test_mistakes_name_the_held_out_data(config):
+    with pytest.raises(ConfigError, match=r"^eval_split='dev' .* which has test; try"):
+        evaluate.prepare(replace(config, eval_split="dev"))
+    with pytest.raises(ConfigError, match=r"^eval_dataset='gone' must be a folder"):
+        evaluate.prepare(replace(config, eval_dataset="gone"))
+
+
+def test_the_datasets_own_split_is_the_default(config):
+    own = replace(config, eval_dataset=None, eval_split="validation")
+    assert evaluate.prepare(own) != evaluate.prepare(config)
+    assert evaluate.prepare(replace(own, eval_every=0)) is None
