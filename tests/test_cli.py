@@ -1,18 +1,24 @@
 """The two commands: every field a flag, exit codes, resume after SIGKILL."""
 
+import gzip
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, pipeline
 
-from tp2d_lib import checkpoint, cli
+from tp2d_lib import checkpoint, cli, launch
 from tp2d_lib.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +28,7 @@ SAMPLES = {  # a flag's text and the value it must become, where one text does n
     "device": "cpu",
     "dtype": "float32",
     "tp_preset": "llama",
+    "report_to": "mlflow",
 }
 
 
@@ -32,26 +39,26 @@ def parse(engine, *argv):
 @pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda f: f.name)
 def test_every_field_has_a_flag_that_carries_its_value(field):
     flag = f"--{cli.FLAGS.get(field.name, field.name)}"
+    engine = "fsdp" if field.metadata["help"].startswith("FSDP2: ") else "autotp"
     if isinstance(field.default, bool):
-        assert parse("autotp", flag) == {field.name: True}
-        assert parse("autotp", f"--no-{flag[2:]}") == {field.name: False}
+        assert parse(engine, flag) == {field.name: True}
+        assert parse(engine, f"--no-{flag[2:]}") == {field.name: False}
         return
     text = SAMPLES.get(field.name, "3")
-    (name, value), *others = parse("autotp", flag, text).items()
+    (name, value), *others = parse(engine, flag, text).items()
     assert (name, str(value).removesuffix(".0"), others) == (field.name, text, [])
     known = (str, int) if field.default is None else (type(field.default), int)
     assert type(value) in known
 
 
-def test_only_deepspeed_has_its_fields():
+def test_each_command_has_its_engines_fields():
     helps = {f.name: f.metadata["help"] for f in fields(TrainConfig)}
-    only = {name for name, text in helps.items() if text.startswith("DeepSpeed: ")}
-    flags = [
-        {action.dest for action in cli.build_parser(engine, "")._actions}
-        for engine in ("autotp", "fsdp")
-    ]
-    assert flags[0] - flags[1] == only
-    assert "zero_stage" in only
+    shared = {name for name, text in helps.items() if ": " not in text[:12]}
+    for engine, only in cli.ONLY.items():
+        own = {name for name, text in helps.items() if text.startswith(only)}
+        flags = {action.dest for action in cli.build_parser(engine, "")._actions}
+        assert flags & helps.keys() == shared | own
+        assert {"autotp": "zero_stage", "fsdp": "autocast"}[engine] in own
 
 
 def test_published_defaults():
@@ -120,17 +127,18 @@ def test_bad_input_ends_with_2_and_one_sentence(argv, sentence, tmp_path, capsys
     assert sentence in said[0]
 
 
-def test_unknown_names_are_met_with_known_ones(tmp_path):
+def test_unknown_names_are_met_with_known_ones(tmp_path, demo_paths):
+    config = TrainConfig(demo_paths[0], storage_path=str(tmp_path), seq_length=128)
     file = tmp_path / "run.yaml"
     file.write_text("tp_sise: 2\n")
     with pytest.raises(ConfigError, match=r"'tp_sise' in config=.* try 'tp_size'"):
         cli.read_config({"config": str(file)})
     (tmp_path / "first" / "checkpoint-000002").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"resume_from='frist' .* try first"):
-        cli.check_run_exists(tmp_path, "frist")
+        cli.check_run_exists(replace(config, run_name="frist"))
 
 
-def test_the_first_failure_is_told_and_the_command_that_goes_on(tmp_path, monkeypatch):
+def test_the_first_failure_is_told():
     class Failed(Exception):
         worker_failures = {  # noqa: RUF012
             0: RuntimeError("RankFailed: 12.5 node-a RuntimeError: Connection closed"),
@@ -138,28 +146,22 @@ def test_the_first_failure_is_told_and_the_command_that_goes_on(tmp_path, monkey
         }
 
     assert cli.first_failure(Failed()) == "rank 3 on node-b: ValueError: the cause"
-    (tmp_path / "mine" / "checkpoint-000004").mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["train_fsdp.py"])
     argv = ["--tp_size", "2", "--run_name", "mine", "--resume_from=old"]
-
-    class Config:
-        storage_path, run_name = str(tmp_path), "mine"
-
-    said = cli.report(Failed(), Config, argv)
-    assert "checkpoint-000004" in said
-    assert said.endswith("python train_fsdp.py --tp_size 2 --resume_from mine")
+    assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 
 
-def start(script, storage, *flags):
-    """A command of its own, in its own session, on the demo."""
+def start(script, storage, *flags, **environment):
+    """A command of its own, in a session of its own, on the demo."""
     command = [sys.executable, str(ROOT / script), "--offline_demo", "--tp_size", "2"]
     command += ["--storage_path", str(storage), "--checkpoint_every", "2"]
+    own = {"RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
         [*command, "--log_interval", "2", *flags],
-        env={**os.environ, "RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -171,32 +173,111 @@ def wait_for(condition, process, seconds=150):
         time.sleep(0.05)
 
 
-def test_resume_after_sigkill_of_the_driver_is_exact(tmp_path):
-    steps = ["--max_steps", "12"]
-    whole = start("train_fsdp.py", tmp_path, *steps, "--run_name", "whole")
-    out, err = whole.communicate(timeout=200)
-    assert whole.returncode == 0, err
-    assert "step 12/12" in out
-    assert "done: step 12" in out
-    stored = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+def last(run) -> str | None:
+    """The run's last checkpoint on record, where Ray puts it once it is whole."""
+    of = SimpleNamespace(storage_path=str(run.parent), run_name=run.name)
+    return checkpoint.last_of(of)
+
+
+def finish(process, code=0) -> tuple[str, str]:
+    """What a command printed, when it has ended as it must."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+STEPS = ("--max_steps", "24")
+LAST = "checkpoint-000024"
+
+
+def shards(run) -> dict[str, str]:
+    """Checksums of weights, optimizer state and generators after the last step."""
+    sums = checkpoint.checksums(run / LAST)
+    found = {name: value for name, value in sums.items() if name.endswith(".distcp")}
+    assert len(found) == 2
+    return found
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def whole(storage):
+    """A run that nothing interrupts."""
+    out, _ = finish(start("train_fsdp.py", storage, *STEPS, "--run_name", "whole"))
+    assert "step 24/24" in out
+    assert "done: step 24" in out
+    stored = yaml.safe_load((storage / "whole" / "config.yaml").read_text())
     assert (stored["tp_size"], stored["run_name"]) == (2, "whole")
+    return storage / "whole"
 
-    cut = start("train_fsdp.py", tmp_path, *steps, "--run_name", "cut")
-    wait_for(lambda: list((tmp_path / "cut").glob("checkpoint-*/.metadata")), cut)
-    cut.send_signal(signal.SIGKILL)
-    cut.communicate()
-    assert not (tmp_path / "cut" / "checkpoint-000012").exists()
 
-    again = start("train_fsdp.py", tmp_path, *steps, "--resume_from", "cut")
-    out, err = again.communicate(timeout=200)
-    assert again.returncode == 0, err
-    assert "resumed after step" in out
-    last = "checkpoint-000012"
-    sums = [checkpoint.checksums(tmp_path / run / last) for run in ("whole", "cut")]
-    shards = [name for name in sums[0] if name.endswith(".distcp")]
-    assert len(shards) == 2
-    for name in shards:
-        assert sums[0][name] == sums[1][name]
+def test_a_run_that_was_stopped_thrice_ends_exactly(whole, storage):
+    """By SIGKILL of the driver; by Ctrl-C, which reaches all of its terminal; by
+    SIGTERM, with checkpoints in threads, of which the last must still be written."""
+    folder, flags = storage / "cut", [*STEPS, "--run_name", "cut"]
+    for name, send in ("SIGKILL", os.kill), ("SIGINT", os.killpg), ("SIGTERM", os.kill):
+        run = start("train_fsdp.py", storage, *flags)
+        assert any("] step " in line for line in run.stdout), run.stderr.read()
+        wait_for(lambda: last(folder), run)
+        send(run.pid, signal.Signals[name])
+        flags = [*STEPS, "--async_checkpoint", "--resume_from", "cut"]
+        if name == "SIGKILL":
+            run.communicate()
+            continue
+        _, err = finish(run, code=1)
+        step = int(re.search(rf"^stopped: {name} after step (\d+)$", err, re.M)[1])
+        assert f"last checkpoint: {folder}/checkpoint-{step:06d}\n" in err
+        assert f"to go on: python {ROOT}/train_fsdp.py --offline_demo" in err
+        assert err.strip().endswith(" ".join(flags))
+        assert not (folder / LAST).exists()
+    out, _ = finish(start("train_fsdp.py", storage, *flags))
+    assert f"resumed after step {step}" in out
+    assert shards(folder) == shards(whole)
+
+
+def dies_while_writing(config):
+    """Rank 1 dies at step 4 while a thread writes, at step 6 before it hands over."""
+    from tp2d_lib import fsdp, loop
+    from tp2d_lib.data import build_dataloader
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    save, die = engine.save, lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die(directory):
+        future = save(directory)
+        step = loader.position // config.global_batch_size
+        marker = Path(config.storage_path, f"died-{step}")
+        if mesh.get_rank() == 1 and step in (4, 6) and not marker.exists():
+            marker.touch()
+            if step == 4:
+                die()
+            future.result = die  # asked for before the checkpoint is handed over
+        return future
+
+    engine.save = save_and_die
+    loop.run(engine, loader, config)
+
+
+def test_death_while_writing_leaves_the_checkpoint_before(whole, storage, capsys):
+    flags = ["--async_checkpoint", "--run_name", "torn", "--storage_path", str(storage)]
+    flags += ["--checkpoint_every", "2", "--log_interval", "2", *STEPS]
+    given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
+    try:
+        launch.run(dies_while_writing, cli.read_config(given))
+    finally:
+        ray.shutdown()
+    assert {path.name for path in storage.glob("died-*")} == {"died-4", "died-6"}
+    said = capsys.readouterr().out
+    assert "resumed after step 2" in said
+    assert "resumed after step 4" in said
+    assert shards(storage / "torn") == shards(whole)
 
 
 def workers_of(pid):
@@ -215,11 +296,56 @@ def workers_of(pid):
 def test_failed_training_ends_with_1_and_says_how_to_go_on(tmp_path):
     flags = ["--max_failures", "0", "--max_steps", "500", "--run_name", "lost"]
     run = start("train_deepspeed.py", tmp_path, *flags)
-    wait_for(lambda: list((tmp_path / "lost").glob("checkpoint-*/latest")), run)
+    wait_for(lambda: last(tmp_path / "lost"), run)
     os.kill(workers_of(run.pid)[-1], signal.SIGKILL)
-    _, err = run.communicate(timeout=200)
-    assert run.returncode == 1
+    _, err = finish(run, code=1)
     assert re.search(r"^failed: rank \d", err, re.MULTILINE)
     assert re.search(r"^last checkpoint: .*lost/checkpoint-\d{6}$", err, re.MULTILINE)
     assert re.search(r"^to go on: python .* --resume_from lost$", err, re.MULTILINE)
-    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("script", ["train_fsdp.py", "train_deepspeed.py"])
+def test_what_a_run_leaves(script, tmp_path):
+    """Validation losses, a trace, MLflow's and TensorBoard's records, a model."""
+    flags = ["--max_steps", "4", "--eval_every", "2", "--profile_steps", "1"]
+    flags += ["--report_to", "mlflow", "--export_to", str(tmp_path / "model")]
+    server = {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlflow"}
+    server |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    run = start(script, tmp_path, *flags, "--run_name", "all", **server)
+    out, _ = finish(run)
+    folder = tmp_path / "all"
+    state = json.loads((folder / "checkpoint-000004/trainer_state.json").read_text())
+    told = {record["step"]: record["eval_loss"] for record in state["history"]}
+    assert told.keys() == {2, 4}
+    assert f"step 4: eval_loss {told[4]:.4f}" in out
+    assert told[4] < told[2]
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    written = {e.step: e.value for e in events.Scalars("eval/loss")}
+    assert written == pytest.approx(told)
+    logged = {p.name: p for p in (tmp_path / "mlflow").glob("*/*/metrics/*")}
+    lines = [line.split() for line in logged["eval_loss"].read_text().splitlines()]
+    assert {int(step): float(value) for _, value, step in lines} == told
+    assert logged.keys() >= {"loss", "grad_norm", "tokens_per_second"}
+    assert "status: 3" in next(tmp_path.glob("mlflow/*/*/meta.yaml")).read_text()
+
+    for rank in range(2):
+        trace = gzip.decompress((folder / f"profile/rank{rank}.json.gz").read_bytes())
+        names = [event.get("name", "") for event in json.loads(trace)["traceEvents"]]
+        assert sum(name.startswith("ProfilerStep") for name in names) == 1
+        assert any("all_reduce" in name or "allreduce" in name for name in names)
+
+    write = pipeline("text-generation", model=str(tmp_path / "model"))
+    assert len(write("The", max_new_tokens=5)[0]["generated_text"]) > len("The")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert exported.num_parameters() == 1_058_496
+
+
+def test_mlflow_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
+    demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
+    try:
+        assert cli.main("fsdp", "", [*demo, "--report_to", "mlflow"]) == 2
+    finally:
+        ray.shutdown()
+    assert "report_to='mlflow' must find the library" in capsys.readouterr().err

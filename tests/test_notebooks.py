@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,3 +267,27 @@ def test_history_is_in_the_last_checkpoint(path, execute):
     state = json.loads((run / "checkpoint-000040" / "trainer_state.json").read_text())
     assert [record["step"] for record in state["history"]] == list(range(1, 41))
     assert state["position"] == 40 * 8
+
+
+@each
+def test_the_command_line_gives_the_same_losses(path, execute, tmp_path):
+    """The configuration that a notebook's run kept, given to the command."""
+    runs = execute(path)[1] / "runs"
+    (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
+        p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
+    }
+    script = {FSDP: "train_fsdp.py", AUTOTP: "train_deepspeed.py"}[path]
+    command = [sys.executable, str(ROOT / script), "--run_name", "again"]
+    command += ["--config", str(runs / name / "config.yaml")]
+    run = subprocess.run([*command, "--storage_path", str(tmp_path)], timeout=200)
+    assert run.returncode == 0
+    states = [
+        json.loads((folder / "checkpoint-000040" / "trainer_state.json").read_text())
+        for folder in (runs / name, tmp_path / "again")
+    ]
+    figures = [
+        [(record["loss"], record["grad_norm"]) for record in state["history"]]
+        for state in states
+    ]
+    assert len(figures[0]) == 40
+    assert figures[0] == figures[1]

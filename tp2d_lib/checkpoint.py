@@ -9,10 +9,11 @@ from pathlib import Path
 
 import ray.train
 import torch.distributed as dist
+from pyarrow.fs import FileSystem
 from ray.train import CheckpointUploadMode
 
 from tp2d_lib import storage
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig
 
 STATE_FILE = "trainer_state.json"
 
@@ -141,6 +142,19 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+def check_there(config: TrainConfig) -> None:
+    """Find in the driver that the checkpoint to start from is not there."""
+    path = config.resume_from_checkpoint
+    if path is None:
+        return
+    files, folder = FileSystem.from_uri(storage.uri(path))
+    if not files.get_file_info(f"{folder}/{STATE_FILE}").is_file:
+        raise ConfigError(
+            f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
+            f"but has no {STATE_FILE}; try a folder such as run/checkpoint-000100"
+        )
 
 
 def last_of(config: TrainConfig) -> str | None:

@@ -93,8 +93,8 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     if run is not None:
         values["run_name"] = run
     config = TrainConfig(**values)
-    if run is not None and "://" not in config.storage_path:
-        check_run_exists(Path(config.storage_path), run)
+    if run is not None:
+        check_run_exists(config)
     return config
 
 
@@ -121,14 +121,18 @@ def read_file(path: str | None) -> dict[str, Any]:
     return {names[key]: value for key, value in values.items()}
 
 
-def check_run_exists(storage: Path, run: str) -> None:
-    if list(storage.glob(f"{run}/checkpoint-*")):
-        return
-    runs = sorted({path.parent.name for path in storage.glob("*/checkpoint-*")})
-    raise ConfigError(
-        f"resume_from={run!r} must be a run with a checkpoint in {storage}; "
-        f"{'try ' + closest(run, runs) if runs else 'there is none yet'}"
-    )
+def check_run_exists(config: TrainConfig) -> None:
+    from tp2d_lib import checkpoint
+
+    if checkpoint.last_of(config) is None:
+        name, storage = config.run_name, config.storage_path
+        runs = sorted(
+            {path.parent.name for path in Path(storage).glob("*/checkpoint-*")}
+        )
+        raise ConfigError(
+            f"resume_from={name!r} must be a run with a checkpoint in {storage}; "
+            f"{'try ' + closest(name, runs) if runs else 'there is none yet'}"
+        )
 
 
 def main(engine: str, description: str, argv: list[str] | None = None) -> int:
@@ -140,11 +144,19 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     given = vars(build_parser(engine, description).parse_args(argv))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        return obey(engine, given, argv)
+    except KeyboardInterrupt:
+        print("stopped: nothing more was saved", file=sys.stderr)
+        return 1
+
+
+def obey(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     from tp2d_lib import launch  # deferred: --help need not wait for it
     from tp2d_lib.plan import PlanError
 
     launch.quiet()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     dry = given.pop("dry_run", False)
     try:
         config = read_config(given)
@@ -156,9 +168,6 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     except (ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped: nothing more was saved", file=sys.stderr)
-        return 1
 
 
 def foresee(engine: str, config: TrainConfig) -> int:

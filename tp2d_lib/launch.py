@@ -20,7 +20,7 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
-from tp2d_lib import data, evaluate, progress, reporting, signals, storage
+from tp2d_lib import checkpoint, data, evaluate, progress, reporting, signals, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 
 WORKER_ENV = {
@@ -186,6 +186,7 @@ def fit(trainer: TorchTrainer, watcher: progress.Watcher):
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is decided once per run: its device, its name and its rows."""
+    checkpoint.check_there(config)
     held_out = evaluate.prepare(config)
     return replace(
         config,

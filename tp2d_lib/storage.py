@@ -19,5 +19,6 @@ def write(config: TrainConfig, name: str, content: bytes) -> None:
     files, storage = FileSystem.from_uri(uri(config.storage_path))
     path = f"{storage}/{config.run_name}/{name}"
     files.create_dir(str(Path(path).parent))
-    with files.open_output_stream(path) as file:
+    # Left to itself, Arrow compresses what is called .gz once more.
+    with files.open_output_stream(path, compression=None) as file:
         file.write(content)

@@ -1,0 +1,231 @@
+"""Every field of TrainConfig does something, and a test sees it."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import write_model
+from tests.test_data import sentences, write_texts
+from tp2d_lib import data, dryrun, launch
+from tp2d_lib.config import ConfigError, TrainConfig
+
+TESTS = Path(__file__).parent
+SEEN_BY = {
+    "model_name": "flags:test_a_hub_model_is_read_at_its_revision",
+    "model_revision": "flags:test_a_hub_model_is_read_at_its_revision",
+    "dataset_name": "data:test_other_content_makes_other_rows",
+    "dataset_config": "flags:test_a_dataset_has_configurations_and_splits",
+    "dataset_split": "flags:test_a_dataset_has_configurations_and_splits",
+    "dataset_percentage": "data:test_percentage_takes_the_first_documents",
+    "text_column": "data:test_missing_text_column",
+    "seq_length": "data:test_packed_rows_are_the_joined_documents",
+    "pack": "data:test_padded_rows_are_one_document_each",
+    "preprocessing_num_workers": "flags:test_so_many_processes_tokenise",
+    "prepared_data": "flags:test_prepared_rows_are_taken_as_they_are",
+    "eval_dataset": "evaluate:test_no_token_is_left_out",
+    "eval_split": "evaluate:test_the_datasets_own_split_is_the_default",
+    "prepared_eval_data": "evaluate:test_equal_on_every_mesh_and_to_one_process",
+    "tp_size": "parity:test_mesh_equals_one_process",
+    "dp_size": "parity:test_mesh_equals_one_process",
+    "num_workers": "config:test_mesh_not_as_large_as_workers",
+    "batch_size_per_gpu": "data:test_batches_have_the_shape_asked_for",
+    "gradient_accumulation_steps": "parity:test_mesh_equals_one_process",
+    "num_epochs": "data:test_number_of_steps",
+    "max_steps": "data:test_number_of_steps",
+    "optimizer": "parity:test_mesh_equals_one_process",
+    "learning_rate": "parity:test_mesh_equals_one_process",
+    "lr_scheduler_type": "loop:test_cosine_is_the_one_of_transformers",
+    "warmup_ratio": "loop:test_warm_up_is_linear_and_reaches_the_peak",
+    "weight_decay": "flags:test_weight_decay_shrinks_weights",
+    "max_grad_norm": "parity:test_reference_clips_and_moves",
+    "zero_stage": "dryrun:test_prediction_is_what_a_rank_then_holds",
+    "tp_preset": "partition:test_every_source_equals_one_process",
+    "partition_config": "partition:test_every_source_equals_one_process",
+    "vocab_parallel_lm_head": "partition:test_vocabulary_is_cut_tied_and_untied",
+    "seed": "data:test_order_depends_on_seed_and_epoch_only",
+    "device": "launch:test_too_few_gpus_is_said_before_a_worker_starts",
+    "dtype": "options:test_autocast_computes_in_bfloat16_and_sends_float32",
+    "autocast": "options:test_autocast_computes_in_bfloat16_and_sends_float32",
+    "compile": "options:test_compiled_equals_plain",
+    "bf16_master_weights": "flags:test_settings_that_save_memory_save_it",
+    "activation_checkpointing": "flags:test_settings_that_save_memory_save_it",
+    "storage_path": "launch:test_same_name_goes_on_where_it_stopped",
+    "cache_dir": "data:test_second_prepare_reuses_rows",
+    "run_name": "launch:test_same_name_goes_on_where_it_stopped",
+    "resume_from_checkpoint": "notebooks:test_another_mesh_and_export",
+    "eval_every": "cli:test_what_a_run_leaves",
+    "checkpoint_every": "launch:test_same_name_goes_on_where_it_stopped",
+    "async_checkpoint": "cli:test_death_while_writing_leaves_the_checkpoint_before",
+    "save_total_limit": "launch:test_same_name_goes_on_where_it_stopped",
+    "max_failures": "cli:test_failed_training_ends_with_1_and_says_how_to_go_on",
+    "log_interval": "launch:test_same_name_goes_on_where_it_stopped",
+    "report_to": "cli:test_what_a_run_leaves",
+    "profile_steps": "cli:test_what_a_run_leaves",
+    "export_to": "cli:test_what_a_run_leaves",
+}
+
+
+def test_every_field_is_seen_by_a_test_that_exists():
+    assert SEEN_BY.keys() == {field.name for field in fields(TrainConfig)}
+    for field, where in SEEN_BY.items():
+        file, test = where.split(":")
+        tree = ast.parse((TESTS / f"test_{file}.py").read_text())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in names, (field, where)
+
+
+@pytest.fixture
+def config(demo_paths, tmp_path):
+    model_name, dataset_name = demo_paths
+    return TrainConfig(
+        model_name=model_name,
+        dataset_name=dataset_name,
+        seq_length=64,
+        storage_path=str(tmp_path),
+        device="cpu",
+    )
+
+
+HUB = """
+import sys
+from tp2d_lib import data, fsdp, model
+from tp2d_lib.config import TrainConfig
+
+dataset, storage, *revision = sys.argv[1:]
+config = TrainConfig(
+    model_name="someone/tiny",
+    model_revision=revision[0] if revision else None,
+    dataset_name=dataset,
+    seq_length=64,
+    storage_path=storage,
+)
+fsdp.check(config)
+data.prepare(config)
+print(model.model_directory(config).name, model.load_model_config(config).hidden_size)
+"""
+
+
+def test_a_hub_model_is_read_at_its_revision(demo_paths, tmp_path):
+    """From a cache as the Hub's own library keeps it; nothing of it is in a folder."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for revision, size in (("a" * 40, 64), ("b" * 40, 96)):
+        folder = repository / "snapshots" / revision
+        path = write_model("llama", folder.parent, hidden_size=size)
+        Path(path).rename(folder)
+        for file in Path(demo_paths[0]).glob("tokenizer*"):
+            shutil.copy(file, folder)
+    (repository / "refs" / "main").write_text("a" * 40)
+    own = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def ask(*revision):
+        command = [sys.executable, "-c", HUB, demo_paths[1], str(tmp_path), *revision]
+        run = subprocess.run(
+            command, env={**os.environ, **own}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout.split()
+
+    assert ask() == ["a" * 40, "64"]
+    assert ask("b" * 40) == ["b" * 40, "96"]
+
+
+def test_a_dataset_has_configurations_and_splits(config, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_texts(folder / "first", sentences(30))
+    write_texts(folder / "second", sentences(60))
+    write_texts(folder / "second", sentences(20), split="test")
+    cards = [
+        {
+            "config_name": part,
+            "data_files": [
+                {"split": split, "path": f"{part}/{split}.jsonl"} for split in splits
+            ],
+        }
+        for part, splits in (("first", ["train"]), ("second", ["train", "test"]))
+    ]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(cards)}\n---\n")
+    config = replace(config, dataset_name=str(folder), pack=False)
+
+    def documents(**settings):
+        rows = data.prepare(replace(config, **settings))
+        return len(np.load(rows / "lengths.npy"))
+
+    assert documents(dataset_config="first") == 30
+    assert documents(dataset_config="second") == 60
+    assert documents(dataset_config="second", dataset_split="test") == 20
+
+
+def test_so_many_processes_tokenise(config, monkeypatch):
+    """Each writes a file of its own, before the rows are made of them."""
+    seen = []
+    fill = data.fill_packed
+
+    def look(rows, documents, whole):
+        seen.append(len(documents.cache_files))
+        fill(rows, documents, whole)
+
+    monkeypatch.setattr(data, "fill_packed", look)
+    one = data.prepare(config)
+    other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
+    two = data.prepare(replace(other, preprocessing_num_workers=2))
+    assert seen == [1, 2]
+    same = (np.load(rows / "input_ids.npy") for rows in (one, two))
+    np.testing.assert_array_equal(*same)
+
+
+def test_prepared_rows_are_taken_as_they_are(config):
+    rows = data.prepare(config)
+    assert data.prepare(replace(config, dataset_name="gone", prepared_data=str(rows)))
+
+
+def train(config):
+    """Run by one rank: weights after three steps whose gradients are all but zero."""
+    from tp2d_lib.data import build_dataloader
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(1, 1, "cpu")
+    engine = build_engine(config, mesh)
+    for _, batch in zip(range(3), build_dataloader(config, mesh), strict=False):
+        engine.step(batch)
+    weights = engine.model.named_parameters()
+    return {name: p.full_tensor().norm().item() for name, p in weights}
+
+
+def test_weight_decay_shrinks_weights(config, pools):
+    still = replace(
+        config, optimizer="sgd", learning_rate=0.1, max_grad_norm=1e-9, weight_decay=0.0
+    )
+    kept, shrunk = (
+        pools(1).run(train, replace(still, weight_decay=decay))[0]
+        for decay in (0.0, 0.5)
+    )
+    for name, norm in kept.items():
+        expected = norm * (1 - 0.1 * 0.5) ** 3
+        assert shrunk[name] == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+
+
+def test_settings_that_save_memory_save_it(config):
+    plain = dryrun.predict("fsdp", config)
+    lean = dryrun.predict("fsdp", replace(config, activation_checkpointing=True))
+    assert lean["activations"] < 0.7 * plain["activations"]
+    half = replace(config, dtype="bfloat16", dp_size=2, num_workers=2)
+    masters = dryrun.predict("autotp", half)
+    none = dryrun.predict("autotp", replace(half, bf16_master_weights=True))
+    assert none["optimizer"] < 0.6 * masters["optimizer"]
+
+
+def test_a_checkpoint_that_is_not_there_is_said_in_the_driver(config):
+    gone = replace(config, resume_from_checkpoint="/gone", run_name="x")
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='/gone' must be a"):
+        launch.resolve(gone)
