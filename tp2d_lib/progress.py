@@ -10,7 +10,6 @@ from collections.abc import Callable
 import ray
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Records of one run, in the order they came; and after which step to stop."""
 
@@ -69,7 +68,7 @@ class Watcher:
     """Shows a run's board while the driver waits: ``with Watcher(run_name): fit()``."""
 
     def __init__(self, run_name: str):
-        self.board = Board.options(name=board_name(run_name)).remote()
+        self.board = ray.remote(num_cpus=0)(Board).options(name=board_name(run_name)).remote()
         self.show = display_in_notebook() or display_on_terminal()
         self.records: list[dict] = []
         self.total = 0
