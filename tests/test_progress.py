@@ -51,10 +51,8 @@ def test_plain_lines_in_a_file():
 
 def test_all_ranks_are_told_the_same_last_step():
     """Whoever asks first or last: nobody stops at a step that another has passed."""
-    board = progress.Board.__ray_metadata__.modified_class()
-    assert [board.ends_with(step) for step in (1, 1, 2)] == [
-        False
-    ] * 3  # rank 1 is late
+    board = progress.Board()
+    assert not any(board.ends_with(step) for step in (1, 1, 2))  # one rank is late
     board.stop()
     assert not board.ends_with(2)
     assert [board.ends_with(3), board.ends_with(3)] == [True, True]

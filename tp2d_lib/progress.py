@@ -68,7 +68,8 @@ class Watcher:
     """Shows a run's board while the driver waits: ``with Watcher(run_name): fit()``."""
 
     def __init__(self, run_name: str):
-        self.board = ray.remote(num_cpus=0)(Board).options(name=board_name(run_name)).remote()
+        actor = ray.remote(num_cpus=0)(Board)
+        self.board = actor.options(name=board_name(run_name)).remote()
         self.show = display_in_notebook() or display_on_terminal()
         self.records: list[dict] = []
         self.total = 0
