@@ -10,7 +10,13 @@ OPTIMIZERS = {
 }
 
 
-def train(model_dir: str, optimizer: str, steps: list, max_grad_norm: float):
+def train(
+    model_dir: str,
+    optimizer: str,
+    steps: list,
+    max_grad_norm: float,
+    rng_state: torch.Tensor | None = None,
+):
     """Losses, gradient norms and final weights.
 
     ``steps`` holds, for each optimizer step, a list of micro-batches, each a pair
@@ -20,6 +26,8 @@ def train(model_dir: str, optimizer: str, steps: list, max_grad_norm: float):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
     update = OPTIMIZERS[optimizer](model.parameters())
     losses, norms = [], []
+    if rng_state is not None:  # for models with dropout
+        torch.set_rng_state(rng_state)
     for micro_batches in steps:
         valid = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
         total = 0.0

@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
+from tests import reference
 from tests.models import write_model
 from tests.test_parity import make_config as mesh_config
 from tests.test_parity import (
@@ -78,9 +79,14 @@ def references(models):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
-    "mesh", [(2, 1), (1, 2), (2, 2)], ids=lambda m: f"tp{m[0]}-dp{m[1]}"
+    ("name", "mesh"),
+    [
+        ("qwen2-tied", (2, 1)),
+        ("qwen3", (1, 2)),
+        *((name, (2, 2)) for name in NAMES),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_mesh_equals_one_process(
     name, mesh, stage, models, references, pools, tmp_path
 ):
@@ -98,6 +104,40 @@ def test_mesh_equals_one_process(
         exported = AutoModelForCausalLM.from_pretrained(folder / "export")
         for key, tensor in exported.named_parameters():
             torch.testing.assert_close(tensor, weights[key], rtol=0, atol=1e-4)
+
+
+def train_from_own_seed(config, rows):
+    """Run by every rank: its generator once it is built, losses and norms."""
+    from tp2d_lib.autotp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    engine = build_engine(config, mesh)
+    state = torch.get_rng_state()
+    batches = share_of(make_steps(rows, 1), mesh, config.batch_size_per_gpu)
+    return state, [tuple(map(float, engine.step(batch))) for batch in batches]
+
+
+def test_tp_ranks_drop_out_the_same(tmp_path, pools):
+    """Each holds the whole residual stream, so it must be the same on all of them."""
+    path = write_model("gpt-neox", tmp_path, hidden_dropout=0.2)
+    rows, _, optimizer = VARIANTS[1]
+    config = make_config(path, str(tmp_path), 2, 1, 1, VARIANTS[1])
+    ranks = pools(2, "autotp-(2, 1)").run(train_from_own_seed, config, rows)
+    steps = make_steps(rows, 1)
+    for state, got in ranks:
+        losses, norms, _ = reference.train(
+            path, optimizer, steps, config.max_grad_norm, rng_state=state
+        )
+        torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-4, atol=0)
+    without = reference.train(path, optimizer, steps, config.max_grad_norm)
+    assert abs(without[0][0] - losses[0]) > 1e-4  # another mask, another loss
+    config = replace(config, tp_size=1, dp_size=2, batch_size_per_gpu=2)
+    (one, _), (other, _) = pools(2, "autotp-(1, 2)").run(
+        train_from_own_seed, config, rows
+    )
+    assert not torch.equal(one, other)
 
 
 def test_stage_0_in_half_precision_is_refused(models, tmp_path):

@@ -12,14 +12,14 @@ from tp2d_lib import cli, dryrun
 from tp2d_lib.config import TrainConfig
 
 CASES = {  # engine, model, (tp_size, dp_size), settings
-    "fsdp": ("fsdp", "qwen2-tied", (2, 2), {}),
+    "fsdp": ("fsdp", "qwen2-tied", (2, 2), {"dtype": "bfloat16"}),
     "fsdp-recomputed": (
         "fsdp",
         "llama",
         (4, 1),
         {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
     ),
-    "fsdp-bfloat16": ("fsdp", "gemma3", (1, 4), {"dtype": "bfloat16"}),
+    "fsdp-windows": ("fsdp", "gemma3", (1, 4), {}),
     "zero-0": ("autotp", "qwen3", (2, 2), {"zero_stage": 0}),
     "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16"}),
     "zero-2": (
@@ -103,7 +103,7 @@ def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools)
     for name in ("parameters", "gradients", "optimizer"):
         assert foretold[name] == max(rank[name] for rank in ranks), name
     kept = max(rank["activations"] for rank in ranks)
-    assert foretold["activations"] == pytest.approx(kept, rel=0.01)
+    assert foretold["activations"] == pytest.approx(kept, rel=0.05)
     for name in ("tp", "dp"):
         assert foretold[name] == pytest.approx(ranks[0][name], rel=0.01), name
 
@@ -111,6 +111,7 @@ def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools)
 def test_the_command_tells_and_stops(tmp_path, capsys):
     demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
     run = ["--dp_size", "2", "--device", "cuda", "--dry_run", "--run_name", "asked"]
+    run += ["--eval_every", "10"]
     try:
         assert cli.main("fsdp", "", [*demo, *run]) == 0
     finally:
@@ -122,6 +123,7 @@ def test_the_command_tells_and_stops(tmp_path, capsys):
     assert re.search(r"^  parameters +1.06 MB$", page, re.MULTILINE)
     assert "1,003 rows of 128 tokens, 128,384 of them real" in page
     assert "40 steps of 8 rows, 0.32 epochs" in page
+    assert re.search(r"^\d+ held-out rows, every 10 steps$", page, re.MULTILINE)
     assert not (tmp_path / "asked").exists()
 
 

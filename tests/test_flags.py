@@ -96,7 +96,7 @@ def config(demo_paths, tmp_path):
 
 HUB = """
 import sys
-from tp2d_lib import data, fsdp, model
+from tp2d_lib import data, fsdp, model, weights
 from tp2d_lib.config import TrainConfig
 
 dataset, storage, *revision = sys.argv[1:]
@@ -109,7 +109,7 @@ config = TrainConfig(
 )
 fsdp.check(config)
 data.prepare(config)
-print(model.model_directory(config).name, model.load_model_config(config).hidden_size)
+print(weights.model_directory(config).name, model.load_model_config(config).hidden_size)
 """
 
 

@@ -11,9 +11,9 @@ from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
-    """A cluster of our own, ended after the test."""
+    """A cluster of our own for the tests that follow each other."""
     yield launch.connect
     ray.shutdown()
 

@@ -1,7 +1,5 @@
 """Training on a mesh equals training in one process: losses, norms, every weight."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -10,8 +8,13 @@ from tests.models import CONFIGS, VOCAB_SIZE, write_model
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
 STEPS, ROWS, SEQ, MAX_GRAD_NORM = 4, 4, 32, 0.5
-# (rows, accumulation, optimizer)
-VARIANTS = list(itertools.product(("packed", "padded"), (1, 2), ("adamw", "sgd")))
+# (rows, accumulation, optimizer): each pair of settings meets once
+VARIANTS = [
+    ("packed", 1, "sgd"),
+    ("packed", 2, "adamw"),
+    ("padded", 1, "adamw"),
+    ("padded", 2, "sgd"),
+]
 
 
 def make_steps(rows: str, accumulation: int) -> list:

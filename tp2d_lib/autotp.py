@@ -27,7 +27,7 @@ from deepspeed.module_inject.layers import (
 from deepspeed.utils import safe_get_full_grad
 
 from tp2d_lib import model as models
-from tp2d_lib import partition, rng, universal
+from tp2d_lib import partition, rng, universal, weights
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
@@ -104,7 +104,7 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
 def load_whole(config: TrainConfig) -> PreTrainedModel:
     """The whole model in float32, which AutoTP cuts in place."""
     return AutoModelForCausalLM.from_pretrained(
-        models.model_directory(config), dtype=torch.float32
+        weights.model_directory(config), dtype=torch.float32
     ).train()
 
 
@@ -122,7 +122,8 @@ def build_engine(
     """
     config = replace(config, device=mesh.device_type)
     check_precision(config)  # also for who did not ask in the driver
-    torch.manual_seed(config.seed + dist.get_rank())
+    # A tp rank drops out what the others do: each holds the whole residual stream.
+    torch.manual_seed(config.seed + mesh["dp"].get_local_rank())
     join(mesh)
     model = load(config)
     source = partition.check(model, config)
@@ -215,7 +216,8 @@ class AutoTPEngine:
         """Write DeepSpeed's checkpoint and this rank's generators; every rank calls."""
         directory = Path(directory)
         self.wrapped.save_checkpoint(str(directory), tag=TAG)
-        torch.save(rng.states(self.device), directory / f"rng-{dist.get_rank()}.pt")
+        if self.mesh["tp"].get_local_rank() == 0:  # the others have the same
+            torch.save(rng.states(self.device), directory / self.rng_file())
         if dist.get_rank() == 0:
             (directory / LAYOUT_FILE).write_text(
                 json.dumps(universal.layout(self.config))
@@ -234,9 +236,12 @@ class AutoTPEngine:
                 self.wrapped._config.load_universal_checkpoint = True  # no public way
                 self.load_deepspeed(folder, universal.TAG)
                 self.wrapped._config.load_universal_checkpoint = False
-        own = directory / f"rng-{dist.get_rank()}.pt"
-        if own.exists():  # else the world was smaller
+        own = directory / self.rng_file()
+        if own.exists():  # else there were fewer dp ranks
             rng.restore(torch.load(own, weights_only=True))
+
+    def rng_file(self) -> str:
+        return f"rng-{self.mesh['dp'].get_local_rank()}.pt"
 
     def load_deepspeed(self, directory: Path, tag: str) -> None:
         path, _ = self.wrapped.load_checkpoint(str(directory), tag=tag)
@@ -254,7 +259,7 @@ class AutoTPEngine:
         else:
             state = self.model.state_dict()
         if dist.get_rank() == 0:
-            models.export_gathered(state, self.config, Path(directory))
+            weights.export_gathered(state, self.config, Path(directory))
         dist.barrier()
 
 

@@ -176,11 +176,12 @@ def foresee(engine: str, config: TrainConfig) -> int:
 
     launch.connect()
     try:
-        config = replace(config, device=launch.pick_device(config))
+        device = launch.pick_device(config)
     except ConfigError as error:
         print(f"note: {error}", file=sys.stderr)
-        config = replace(config, device="cuda")
-    rows = data.BatchLoader(config, data.prepare(config), dp_rank=0)
+        device = "cuda"
+    config = launch.prepare(replace(config, device=device))
+    rows = data.BatchLoader(config, Path(config.prepared_data), dp_rank=0)
     print(dryrun.report(config, dryrun.predict(engine, config), rows))
     return 0
 

@@ -8,7 +8,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import (
@@ -70,8 +72,16 @@ def report(
             f"{int(rows.lengths.sum()):,} of them real",
             f"{steps:,} steps of {config.global_batch_size} rows, "
             f"{steps * config.global_batch_size / len(rows.rows):.2f} epochs",
+            *held_out(config),
         ]
     )
+
+
+def held_out(config: TrainConfig) -> list[str]:
+    if not config.eval_every:
+        return []
+    rows = len(np.load(Path(config.prepared_eval_data) / "lengths.npy"))
+    return [f"{rows:,} held-out rows, every {config.eval_every} steps"]
 
 
 def size(count: float) -> str:

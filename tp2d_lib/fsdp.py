@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from tp2d_lib import model as models
-from tp2d_lib import rng
+from tp2d_lib import rng, weights
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
@@ -44,7 +44,7 @@ def check(config: TrainConfig) -> None:
     check_attention(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model)
-    missing = models.own_state(model).keys() - models.stored_names(config)
+    missing = weights.own_state(model).keys() - weights.stored_names(config)
     if missing:
         raise PlanError(
             f"the files of {config.model_name!r} must name weights as the model does, "
@@ -187,7 +187,7 @@ def build_engine(
     mesh: DeviceMesh,
     parallelize: Callable = parallelize,
     train_step: Callable = train_step,
-    load: Callable = models.load_pretrained,
+    load: Callable = weights.load_pretrained,
 ) -> FSDPEngine:
     """Build the model empty, cut it, fill the pieces from safetensors.
 
@@ -199,10 +199,10 @@ def build_engine(
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
     dtype, _ = models.pick_dtype(config, mesh.device_type)
-    weights = torch.float32 if config.autocast else dtype  # as they are gathered
+    gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
     check_attention(model, config)
-    model = parallelize(model, mesh, weights)
+    model = parallelize(model, mesh, gathered)
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
@@ -251,7 +251,7 @@ class FSDPEngine:
 
     def state_dict(self) -> dict:
         return {
-            "model": models.own_state(self.model),
+            "model": weights.own_state(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             f"rng{dist.get_rank()}": rng.states(self.device),  # each rank its own
         }
@@ -292,7 +292,7 @@ class FSDPEngine:
         ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights keep the type
         of the model they started from. Each rank writes its shards; rank 0 joins them.
         """
-        models.export(self.model, self.config, Path(directory))
+        weights.export(self.model, self.config, Path(directory))
 
 
 def train_func(config: TrainConfig) -> None:

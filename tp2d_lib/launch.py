@@ -167,9 +167,9 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
 
 
 def fit(trainer: TorchTrainer, watcher: progress.Watcher):
-    """Ray's result, and the name of the signal that came meanwhile, in a list.
+    """Ray's result, and a list with the name of the signal that came meanwhile.
 
-    Ray takes Ctrl-C for itself when it trains in the main thread, and drops the run.
+    Not in the main thread: there Ray takes Ctrl-C for itself, and drops the run.
     """
     future: Future = Future()
 
@@ -186,13 +186,19 @@ def fit(trainer: TorchTrainer, watcher: progress.Watcher):
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is decided once per run: its device, its name and its rows."""
+    return prepare(replace(config, device=pick_device(config)))
+
+
+def prepare(config: TrainConfig) -> TrainConfig:
+    """All of that but the device, which a dry run may only wish for."""
     checkpoint.check_there(config)
-    held_out = evaluate.prepare(config)
+    if config.report_to:
+        reporting.check_installed()
+    rows, held_out = data.prepare(config), evaluate.prepare(config)
     return replace(
         config,
-        device=pick_device(config),
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
-        prepared_data=str(data.prepare(config)),
+        prepared_data=str(rows),
         prepared_eval_data=held_out and str(held_out),
     )
 

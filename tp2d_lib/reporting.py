@@ -12,6 +12,16 @@ from tp2d_lib.config import ConfigError, TrainConfig
 EXPERIMENT = "tp2d"
 
 
+def check_installed() -> None:
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "report_to='mlflow' must find the library, which is not installed; "
+            "try pip install mlflow-skinny, or leave report_to out"
+        ) from error
+
+
 class MLflowCallback(UserCallback):
     """One MLflow run: the configuration as parameters, log records as metrics.
 
@@ -23,13 +33,9 @@ class MLflowCallback(UserCallback):
     """
 
     def __init__(self, config: TrainConfig):
-        try:
-            import mlflow
-        except ImportError as error:
-            raise ConfigError(
-                "report_to='mlflow' must find the library, which is not installed; "
-                "try pip install mlflow-skinny, or leave report_to out"
-            ) from error
+        check_installed()
+        import mlflow
+
         self.uri = mlflow.get_tracking_uri()
         own = {name for name in os.environ if name.startswith("MLFLOW_")}
         self.environment = {name: os.environ[name] for name in own}  # such as a token
