@@ -31,6 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from shutil import which
 from statistics import median
 
 import numpy as np
@@ -138,15 +139,17 @@ def burst(build: Callable, *args) -> tuple[float, int]:
 
 @cache  # built by the first burst, used by all
 def mesh_training(
-    storage: str, dp_size: int, tp_size: int, pack: bool = True
+    storage: str, dp_size: int, tp_size: int, pack: bool = True, compile: bool = False
 ) -> Training:
-    config = bench_config(storage, dp_size, tp_size, pack=pack)
+    config = bench_config(storage, dp_size, tp_size, pack=pack, compile=compile)
     mesh = build_mesh(dp_size, tp_size)
     return build_engine(config, mesh).step, iter(data.build_dataloader(config, mesh))
 
 
 @cache
-def autotp_training(storage: str, stage: int, overlap: bool = True) -> Training:
+def autotp_training(
+    storage: str, stage: int, overlap: bool = True, compile: bool = False
+) -> Training:
     """DeepSpeed on the dp2 x tp2 mesh; a process keeps the first mesh it was given."""
     from tp2d_lib import autotp, zero
 
@@ -155,7 +158,7 @@ def autotp_training(storage: str, stage: int, overlap: bool = True) -> Training:
         written["tensor_parallel"]["tp_overlap_comm"] = overlap
         return written
 
-    config = bench_config(storage, 2, 2, zero_stage=stage)
+    config = bench_config(storage, 2, 2, zero_stage=stage, compile=compile)
     mesh = build_mesh(2, 2)
     engine = autotp.build_engine(config, mesh, settings)
     return engine.step, iter(data.build_dataloader(config, mesh))
@@ -210,6 +213,11 @@ def compare_engines(rounds: int, storage: str) -> Table:
             measures[f"AutoTP, ZeRO {stage}"] = time_of(autotp_training, storage, stage)
         no_overlap = time_of(autotp_training, storage, 1, False)
         measures["AutoTP, ZeRO 1, no tp_overlap_comm"] = no_overlap
+        if which("g++"):  # torch.compile needs it on a CPU
+            compiled = time_of(mesh_training, storage, 2, 2, True, True)
+            measures["FSDP2 + DTensor, compiled"] = compiled
+            compiled = time_of(autotp_training, storage, 1, True, True)
+            measures["AutoTP, ZeRO 1, compiled"] = compiled
         alternate(1, measures)  # the first steps are slow
         return "ms a step", alternate(rounds, measures)
 
@@ -252,7 +260,7 @@ def compare_data(rounds: int, storage: str) -> Table:
     cache; once for the whole run, against once in every worker.
     """
     dataset = f"{storage}/long"
-    demo.write_dataset(Path(dataset), demo.paragraphs() * 10)
+    demo.write_dataset(Path(dataset), train=demo.paragraphs() * 10)
 
     def seconds(workers: int = 1, apart: bool = False, tokenising: int = 1) -> float:
         settings = {"dataset_name": dataset, "preprocessing_num_workers": tokenising}
@@ -359,12 +367,53 @@ def write_large_model(directory: str) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+@cache
+def saving_engine(storage: str, in_threads: bool):
+    """After a step, so that there is an optimizer state to save."""
+    config = bench_config(storage, 2, 2, async_checkpoint=in_threads)
+    mesh = build_mesh(2, 2)
+    engine = build_engine(config, mesh)
+    engine.step(next(iter(data.build_dataloader(config, mesh))))
+    return engine
+
+
+def standstill(storage: str, in_threads: bool) -> float:
+    """Milliseconds until training may go on; what is left is not counted."""
+    engine = saving_engine(storage, in_threads)
+    with tempfile.TemporaryDirectory(dir=storage) as folder:
+        dist.barrier()
+        start = time.perf_counter()
+        written = engine.save(folder)
+        seconds = time.perf_counter() - start
+        if written:
+            written.result()
+    return seconds * 1000
+
+
+def compare_checkpoints(rounds: int, storage: str) -> Table:
+    """6. Checkpoints: how long training stands still while FSDP2 saves the demo model
+    with its AdamW state, 13 MB in all; dp2 x tp2 mesh of 4 processes x 1 thread.
+    """
+
+    def slowest(run: Callable, in_threads: bool) -> float:
+        return max(run(standstill, storage, in_threads))
+
+    with processes(4, threads=1) as ranks:
+        measures = {
+            "at once": partial(slowest, ranks, False),
+            "async_checkpoint": partial(slowest, ranks, True),
+        }
+        alternate(1, measures)
+        return "ms", alternate(rounds, measures)
+
+
 COMPARISONS = {
     "steps": compare_steps,
     "engines": compare_engines,
     "packing": compare_packing,
     "data": compare_data,
     "memory": compare_memory,
+    "checkpoints": compare_checkpoints,
 }
 
 

@@ -63,7 +63,7 @@ def options(f, hints: dict) -> dict[str, Any]:
     for prefix in ONLY.values():
         text = text.removeprefix(prefix)
     default = "required" if f.name == "tp_size" else DEFAULTS.get(f.name, f.default)
-    told: dict[str, Any] = {"help": f"{text} ({default})"}
+    told: dict[str, Any] = {"help": text + f" ({default})" * (default is not None)}
     if hints[f.name] is bool:
         return told | {"action": argparse.BooleanOptionalAction}
     kinds = getattr(hints[f.name], "__args__", (hints[f.name],))

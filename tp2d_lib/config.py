@@ -112,7 +112,7 @@ class TrainConfig:
         "FSDP2: compute in bfloat16 by torch.autocast, norms and loss in float32; "
         "weights travel in float32",
     )
-    compile: bool = setting(False, "compile each layer with torch.compile")
+    compile: bool = setting(False, "torch.compile attention and MLP of each layer")
     bf16_master_weights: bool = setting(
         False,
         "DeepSpeed: bfloat16 masters and optimizer state; less memory, lost updates",
