@@ -228,4 +228,4 @@ def test_settings_that_save_memory_save_it(config):
 def test_a_checkpoint_that_is_not_there_is_said_in_the_driver(config):
     gone = replace(config, resume_from_checkpoint="/gone", run_name="x")
     with pytest.raises(ConfigError, match="resume_from_checkpoint='/gone' must be a"):
-        launch.resolve(gone)
+        launch.prepare(gone)

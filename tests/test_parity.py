@@ -7,6 +7,7 @@ from tests import reference
 from tests.models import CONFIGS, VOCAB_SIZE, write_model
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
+LARGEST = MESHES[-2:]
 STEPS, ROWS, SEQ, MAX_GRAD_NORM = 4, 4, 32, 0.5
 # (rows, accumulation, optimizer): each pair of settings meets once
 VARIANTS = [
@@ -110,8 +111,14 @@ def references(models):
     return train_references(models, VARIANTS)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"tp{m[0]}-dp{m[1]}")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *(("qwen2-tied", mesh) for mesh in MESHES),
+        *((name, mesh) for name in CONFIGS if name != "qwen2-tied" for mesh in LARGEST),
+    ],
+    ids=str,
+)
 def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
     tp_size, dp_size = mesh
     answers = pools(tp_size * dp_size).run(

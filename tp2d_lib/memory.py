@@ -41,8 +41,9 @@ class Activations:
 
     def __init__(self, model: nn.Module):
         self.model, self.bytes = model, 0
+        # Storages are held, so that nobody else gets the number of one that is gone.
         self.saved: dict[int, torch.UntypedStorage] = {}
-        self.weights: set[int] = set()
+        self.weights: dict[int, torch.UntypedStorage] = {}
 
     def __enter__(self) -> Activations:
         self.stack = ExitStack()
@@ -57,10 +58,11 @@ class Activations:
     def __exit__(self, *_) -> None:
         self.stack.close()
         self.saved.clear()
+        self.weights.clear()
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = local([tensor])[0].untyped_storage()
-        self.saved[storage._cdata] = storage  # held, so that its number stays its own
+        self.saved[storage._cdata] = storage
         return tensor
 
     def before(self, module: nn.Module, _) -> None:
@@ -69,9 +71,10 @@ class Activations:
 
     def after(self, module: nn.Module, *_) -> None:
         for weight in local(module.parameters(recurse=False)):  # gathered at this time
-            self.weights.add(weight.untyped_storage()._cdata)
+            storage = weight.untyped_storage()
+            self.weights[storage._cdata] = storage
         if module is self.model:
-            kept = self.saved.keys() - self.weights
+            kept = self.saved.keys() - self.weights.keys()
             self.bytes = sum(self.saved[key].nbytes() for key in kept)
             self.saved.clear()
 
