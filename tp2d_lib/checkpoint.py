@@ -9,7 +9,6 @@ from pathlib import Path
 
 import ray.train
 import torch.distributed as dist
-from pyarrow.fs import FileSystem
 from ray.train import CheckpointUploadMode
 
 from tp2d_lib import storage
@@ -147,10 +146,7 @@ def digest(path: Path) -> str:
 def check_there(config: TrainConfig) -> None:
     """Find in the driver that the checkpoint to start from is not there."""
     path = config.resume_from_checkpoint
-    if path is None:
-        return
-    files, folder = FileSystem.from_uri(storage.uri(path))
-    if not files.get_file_info(f"{folder}/{STATE_FILE}").is_file:
+    if path is not None and not storage.has(path, STATE_FILE):
         raise ConfigError(
             f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
             f"but has no {STATE_FILE}; try a folder such as run/checkpoint-000100"

@@ -195,7 +195,7 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
     config = launch.resolve(config)
     print(launch.as_yaml(config), flush=True)
     try:
-        result = launch.run(train_func, config)
+        result = launch.train(train_func, config)
     except (ray.train.TrainingFailedError, launch.Stopped) as error:
         print(report(error, config, argv), file=sys.stderr)
         return 1

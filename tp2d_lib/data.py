@@ -119,8 +119,9 @@ def write_rows(
     np.save(directory / "lengths.npy", row_lengths)
     shape = (len(row_lengths), config.seq_length)
     rows = np.lib.format.open_memmap(directory / "input_ids.npy", "w+", np.int32, shape)
+    unfilled = rows[-1:] if config.pack else rows  # what documents may leave of rows
     pad = tokenizer.pad_token_id
-    rows[:] = tokenizer.eos_token_id if pad is None else pad
+    unfilled[:] = tokenizer.eos_token_id if pad is None else pad
     fill = fill_packed if config.pack else fill_padded
     fill(rows, documents, whole)
     rows.flush()

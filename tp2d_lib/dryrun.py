@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)  # documented, never made public
-from torch.utils._python_dispatch import TorchDispatchMode  # likewise
+
+# Both are documented under these names, and have no public ones.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tp2d_lib import comm, data, mesh
 from tp2d_lib import model as models

@@ -57,9 +57,12 @@ def evaluate(engine, config: TrainConfig) -> float:
     """
     dp = engine.mesh["dp"]
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for micro in batches(config, dp.get_local_rank()):
-        total[0] += engine.summed_loss(micro)
-        total[1] += data.valid_tokens([micro])
+    engine.model.eval()
+    with torch.no_grad():
+        for micro in batches(config, dp.get_local_rank()):
+            total[0] += engine.summed_loss(micro)
+            total[1] += data.valid_tokens([micro])
+    engine.model.train()
     dist.all_reduce(total, group=dp.get_group())
     loss, tokens = total.tolist()
     return loss / tokens

@@ -239,14 +239,11 @@ class FSDPEngine:
             if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
         }
 
-    @torch.no_grad()
     def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a micro-batch summed over its tokens, for a validation loss."""
-        self.model.eval()
         one = torch.ones((), device=self.device)
         with loss_parallel() if self.mesh["tp"].size() > 1 else nullcontext():
             loss = forward(self, micro, one)
-        self.model.train()
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def state_dict(self) -> dict:

@@ -122,7 +122,11 @@ def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
     """
     connect()
-    config = resolve(config)
+    return train(train_func, resolve(config))
+
+
+def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
+    """``run``, for a configuration that is resolved."""
     storage.write(config, "config.yaml", as_yaml(config).encode())
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     trainer = build_trainer(train_func, config, callbacks)
@@ -173,13 +177,13 @@ def fit(trainer: TorchTrainer, watcher: progress.Watcher):
     """
     future: Future = Future()
 
-    def train() -> None:
+    def wait() -> None:
         try:
             future.set_result(trainer.fit())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=train, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
     with signals.first_one(watcher.stop_training) as caught:
         return future.result(), caught
 

@@ -11,8 +11,6 @@ from tp2d_lib.plan import PlanError
 
 # Their fused weights keep a head's query, key and value together: plain columns.
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
-
-
 PUBLISHED = "the model's tp_plan"  # the one source that is not the user's doing
 
 

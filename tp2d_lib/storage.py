@@ -14,6 +14,12 @@ def uri(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
+def has(folder: str, name: str) -> bool:
+    """Whether a folder, local or remote, has this file."""
+    files, path = FileSystem.from_uri(uri(folder))
+    return files.get_file_info(f"{path}/{name}").is_file
+
+
 def write(config: TrainConfig, name: str, content: bytes) -> None:
     """Write a file into the run's folder; ``name`` may contain folders."""
     files, storage = FileSystem.from_uri(uri(config.storage_path))
