@@ -39,8 +39,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tp2d_lib import data, demo
+from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import demo
 from tp2d_lib.fsdp import build_engine
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
@@ -151,7 +152,8 @@ def autotp_training(
     storage: str, stage: int, overlap: bool = True, compile: bool = False
 ) -> Training:
     """DeepSpeed on the dp2 x tp2 mesh; a process keeps the first mesh it was given."""
-    from tp2d_lib import autotp, zero
+    from tp2d_lib import autotp
+    from tp2d_lib.autotp import zero
 
     def settings(config: TrainConfig) -> dict:
         written = zero.deepspeed_config(config)

@@ -12,8 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import transformers
 
-from tests.pool import Pool
-from tp2d_lib import demo
+from tests.support.pool import Pool
+from tp2d_lib.data import demo
 
 transformers.logging.disable_progress_bar()
 

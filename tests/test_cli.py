@@ -18,8 +18,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, pipeline
 
-from tp2d_lib import checkpoint, cli, launch
+from tp2d_lib import checkpoint, cli, fsdp, launch
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.monitor import failures
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = {  # a flag's text and the value it must become, where one text does not do
@@ -104,7 +105,10 @@ def test_demo_then_file_then_flags(tmp_path):
     ("argv", "sentence"),
     [
         ([], "tp_size must be given"),
-        (["--tp_size", "3"], "tp_size=3 must divide the 4 key-value heads"),
+        (
+            ["--tp_size", "3", "--seq_length", "126"],
+            "tp_size=3 must divide the 4 key-value heads",
+        ),
         (["--tp_size", "2", "--num_workers", "3"], "num_workers=3 must equal"),
         (["--tp_size", "2", "--config", "none.yaml"], "must be a YAML file"),
         (
@@ -145,7 +149,7 @@ def test_the_first_failure_is_told():
             3: RuntimeError("x\nlaunch.RankFailed: 12.1 node-b ValueError: the cause"),
         }
 
-    assert cli.first_failure(Failed()) == "rank 3 on node-b: ValueError: the cause"
+    assert failures.first(Failed()) == "rank 3 on node-b: ValueError: the cause"
     argv = ["--tp_size", "2", "--run_name", "mine", "--resume_from=old"]
     assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 
@@ -231,7 +235,7 @@ def test_a_run_that_was_stopped_thrice_ends_exactly(whole, storage):
         _, err = finish(run, code=1)
         step = int(re.search(rf"^stopped: {name} after step (\d+)$", err, re.M)[1])
         assert f"last checkpoint: {folder}/checkpoint-{step:06d}\n" in err
-        assert f"to go on: python {ROOT}/train_fsdp.py --offline_demo" in err
+        assert f"to resume: python {ROOT}/train_fsdp.py --offline_demo" in err
         assert err.strip().endswith(" ".join(flags))
         assert not (folder / LAST).exists()
     out, _ = finish(start("train_fsdp.py", storage, *flags))
@@ -271,12 +275,12 @@ def dies_while_writing(config):
     loop.run(engine, loader, config)
 
 
-def test_death_while_writing_leaves_the_checkpoint_before(whole, storage, capsys):
+def test_death_while_writing_leaves_the_one_before(whole, storage, capsys):
     flags = ["--async_checkpoint", "--run_name", "torn", "--storage_path", str(storage)]
     flags += ["--checkpoint_every", "2", "--log_interval", "2", *STEPS]
     given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
     try:
-        launch.run(dies_while_writing, cli.read_config(given))
+        launch.run(dies_while_writing, cli.read_config(given), fsdp.check)
     finally:
         ray.shutdown()
     assert {path.name for path in storage.glob("died-*")} == {"died-4", "died-6"}
@@ -306,7 +310,7 @@ def test_failed_training_ends_with_1_and_says_how_to_go_on(tmp_path):
     _, err = finish(run, code=1)
     assert re.search(r"^failed: rank \d", err, re.MULTILINE)
     assert re.search(r"^last checkpoint: .*lost/checkpoint-\d{6}$", err, re.MULTILINE)
-    assert re.search(r"^to go on: python .* --resume_from lost$", err, re.MULTILINE)
+    assert re.search(r"^to resume: python .* --resume_from lost$", err, re.MULTILINE)
 
 
 def test_what_a_run_leaves(tmp_path):

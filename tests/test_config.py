@@ -4,21 +4,34 @@ import ast
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tp2d_lib.config import NOT_NEGATIVE, POSITIVE, ConfigError, TrainConfig
+from tests.support.models import write_model
+from tp2d_lib import fsdp
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.validation import NAMES, NOT_NEGATIVE, PATHS, POSITIVE
 
 FIELDS = TrainConfig.__dataclass_fields__
 
 
 @pytest.fixture
-def make(demo_paths):
+def make(demo_paths, tmp_path):
     """``make(**settings)``: a config of the demo model."""
     model, dataset = demo_paths
     base = {"model_name": model, "dataset_name": dataset, "seq_length": 128}
+    base |= {"storage_path": str(tmp_path)}
     return lambda **settings: TrainConfig(**{**base, **settings})
+
+
+@pytest.fixture
+def check(make):
+    """``check(**settings)``: the same, and what the driver finds out about it."""
+    return lambda **settings: fsdp.check(make(**settings))
 
 
 def refuse(make, **settings) -> str:
@@ -109,21 +122,22 @@ def test_mesh_not_as_large_as_workers(make, workers, dp_size, tp_size):
 
 
 @pytest.mark.parametrize("tp_size", [3, 8, 64])
-def test_tp_size_does_not_divide_heads(make, demo_paths, tp_size):
-    message = refuse_field(make, "tp_size", tp_size, "4 key-value heads")
+def test_tp_size_does_not_divide_heads(check, demo_paths, tp_size):
+    length = {"seq_length": 192}
+    message = refuse_field(check, "tp_size", tp_size, "4 key-value heads", **length)
     assert "8 query heads" in message
     assert demo_paths[0] in message
     assert proposal(message) == (1, 2, 4)
     for allowed in proposal(message):
-        make(tp_size=allowed)
+        check(tp_size=allowed)
 
 
-def test_tp_size_divides_both_kinds_of_heads(make, tmp_path):
+def test_tp_size_divides_both_kinds_of_heads(check, tmp_path):
     from transformers import Qwen2Config
 
     grouped = Qwen2Config(num_attention_heads=12, num_key_value_heads=6)
     grouped.save_pretrained(tmp_path)
-    message = refuse_field(make, "tp_size", 4, "6 key-value", model_name=str(tmp_path))
+    message = refuse_field(check, "tp_size", 4, "6 key-value", model_name=str(tmp_path))
     assert proposal(message) == (1, 2, 3, 6)
 
 
@@ -132,24 +146,28 @@ def test_seq_length_not_divisible(make, value):
     message = refuse_field(
         make, "seq_length", value, "divisible by tp_size=4", tp_size=4
     )
-    make(seq_length=proposal(message), tp_size=4)
+    length, tp_size = map(
+        int, re.search(r"try (\d+), or tp_size=(\d)", message).groups()
+    )
+    make(seq_length=length, tp_size=4)
+    make(seq_length=value, tp_size=tp_size)
 
 
-@pytest.mark.parametrize(("value", "tp_size"), [(1025, 1), (4096, 2), (2050, 4)])
-def test_seq_length_longer_than_model(make, demo_paths, value, tp_size):
-    message = refuse_field(make, "seq_length", value, "at most 1024", tp_size=tp_size)
+@pytest.mark.parametrize(("value", "tp_size"), [(1025, 1), (4096, 2), (2052, 4)])
+def test_seq_length_longer_than_model(check, demo_paths, value, tp_size):
+    message = refuse_field(check, "seq_length", value, "at most 1024", tp_size=tp_size)
     assert demo_paths[0] in message
-    make(seq_length=proposal(message), tp_size=tp_size)
+    check(seq_length=proposal(message), tp_size=tp_size)
 
 
-def test_seq_length_longer_than_sliding_window(make, tmp_path):
-    from transformers import MistralConfig
-
-    MistralConfig(sliding_window=64).save_pretrained(tmp_path)
-    windowed = {"model_name": str(tmp_path), "tp_size": 2}
-    message = refuse_field(make, "seq_length", 128, "sliding window", **windowed)
-    make(seq_length=proposal(message), **windowed)
-    make(model_name=str(tmp_path))  # whole sequences on every rank: the mask is right
+def test_seq_length_longer_than_sliding_window(check, demo_paths, tmp_path):
+    path = write_model("mistral", tmp_path)
+    for file in Path(demo_paths[0]).glob("tokenizer*"):
+        shutil.copy(file, path)
+    windowed = {"model_name": path, "tp_size": 2}
+    message = refuse_field(check, "seq_length", 128, "sliding window", **windowed)
+    check(seq_length=proposal(message), **windowed)
+    check(model_name=path)  # whole sequences on every rank: the mask is right
 
 
 def test_seq_length_with_nothing_to_predict(make):
@@ -184,7 +202,6 @@ def test_warmup_ratio_at_its_edges(make, edge):
         ("lr_scheduler_type", "constnat", "constant"),
         ("dtype", "bf16", "bfloat16"),
         ("dtype", "flaot32", "float32"),
-        ("dtype", "", "auto"),
     ],
 )
 def test_unknown_choice(make, field, value, meant):
@@ -194,22 +211,22 @@ def test_unknown_choice(make, field, value, meant):
     make(**{field: meant})
 
 
-def test_model_directory_without_config(make, tmp_path):
-    message = refuse_field(make, "model_name", str(tmp_path), "no config.json")
+def test_model_directory_without_config(check, tmp_path):
+    message = refuse_field(check, "model_name", str(tmp_path), "no config.json")
     assert "save_pretrained" in message
 
 
 @pytest.mark.parametrize(
     "text", ["{broken", "{}", json.dumps({"model_type": "mamba"})], ids=repr
 )
-def test_model_that_cannot_be_used(make, tmp_path, text):
+def test_model_that_cannot_be_used(check, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    refuse_field(make, "model_name", str(tmp_path), "must")
+    refuse_field(check, "model_name", str(tmp_path), "must")
 
 
-@pytest.mark.parametrize("name", ["no-such/model", "/no/such/directory", ""])
-def test_model_that_does_not_exist(make, name):
-    message = refuse_field(make, "model_name", name, "a model the Hub knows")
+@pytest.mark.parametrize("name", ["no-such/model", "/no/such/directory"])
+def test_model_that_does_not_exist(check, name):
+    message = refuse_field(check, "model_name", name, "a model the Hub knows")
     assert "try 'Qwen/Qwen2.5-0.5B'" in message
 
 
@@ -253,3 +270,98 @@ def test_every_field_explains_itself():
         assert field.metadata["help"].strip(), field.name
         choices = field.metadata["choices"]
         assert not choices or field.default in (*choices, None)
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize("field", ["model_name", "storage_path", "dtype", "run_name"])
+def test_empty_text(make, field, value):
+    message = refuse_field(make, field, value, "must not be empty")
+    assert message.endswith(f"its default is {FIELDS[field].default!r}")
+
+
+@pytest.mark.parametrize("written", ["runs", "./runs", "../runs", "~/runs"])
+@pytest.mark.parametrize("field", [*PATHS, "partition_config"])
+def test_local_paths_are_absolute(make, tmp_path, monkeypatch, field, written):
+    """Ray changes a worker's directory: a relative path would mean something else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = make(**{field: written})
+    expected = {
+        "runs": tmp_path / "runs",
+        "./runs": tmp_path / "runs",
+        "../runs": tmp_path.parent / "runs",
+        "~/runs": "/home/someone/runs",
+    }[written]
+    assert getattr(config, field) == str(expected)
+    monkeypatch.chdir("/")
+    assert getattr(dataclasses.replace(config), field) == str(expected)
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_a_name_is_a_folder_where_it_is_written_as_one_or_is_there(
+    make, tmp_path, monkeypatch, field
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "tiny").mkdir(parents=True)
+    for given, expected in {
+        "./gone": str(tmp_path / "gone"),
+        "mine/tiny": str(tmp_path / "mine/tiny"),
+        "someone/tiny": "someone/tiny",  # of the Hub
+        "hf://datasets/someone/tiny": "hf://datasets/someone/tiny",
+    }.items():
+        assert getattr(make(**{field: given}), field) == expected
+
+
+@pytest.mark.parametrize("field", PATHS)
+def test_remote_paths_stay(make, field):
+    config = make(**{"cache_dir": "/data", field: "s3://bucket/runs"})
+    assert getattr(config, field) == "s3://bucket/runs"
+
+
+def test_rules_as_text_are_no_path(make):
+    text = ' {"layer_specs": []}'
+    assert make(partition_config=text).partition_config == text
+
+
+TOUCHED = """
+import sys, time
+from dataclasses import replace
+from tp2d_lib.config import TrainConfig
+
+config = replace(TrainConfig(), model_name="no-such/model", partition_config="r.json")
+seen = []
+sys.addaudithook(
+    lambda name, args: seen.append((name, args))
+    if name.split(".")[0] in ("open", "os", "socket", "subprocess", "import")
+    else None
+)
+start = time.perf_counter()
+for _ in range(100):
+    replace(config, model_name="no-such/other", dataset_name="/gone", seed=7)
+print((time.perf_counter() - start) / 100, file=sys.stderr)
+print(seen)
+print([name for name in ("torch", "transformers", "ray") if name in sys.modules])
+"""
+
+
+def test_making_a_config_opens_no_file_and_no_socket():
+    """Of a model, a dataset and rules that are not there; nor is anything imported."""
+    run = subprocess.run(
+        [sys.executable, "-c", TOUCHED], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == ["[]", "[]"]
+    assert float(run.stderr) < 0.01  # it takes about 0.1 ms
+
+
+@pytest.mark.parametrize("field", ["storage_path", "cache_dir", "export_to"])
+def test_a_folder_that_cannot_be_made(check, tmp_path, field):
+    (tmp_path / "file").touch()
+    message = refuse_field(check, field, str(tmp_path / "file" / "x"), "can be written")
+    assert proposal(message) == "/tmp/tp2d"
+
+
+def test_a_model_without_safetensors(check, demo_paths, tmp_path):
+    shutil.copytree(demo_paths[0], tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        file.unlink()
+    refuse_field(check, "model_name", str(tmp_path / "m"), "must hold safetensors")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.test_data import sentences, write_texts
+from tests.support.texts import sentences, write_texts
 from tp2d_lib import evaluate
 from tp2d_lib.config import ConfigError, TrainConfig
 
@@ -40,7 +40,7 @@ def tokens_of(config) -> list[list[int]]:
 
 
 def rows_of(config) -> list[list[int]]:
-    """What must be read: all tokens, cut by hand."""
+    """What must be read: all tokens, split by hand."""
     documents = tokens_of(config)
     if config.pack:
         documents = [[token for document in documents for token in document]]

@@ -14,12 +14,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import reference
-from tests.models import write_model
-from tests.test_parity import MAX_GRAD_NORM, STEPS, make_config, make_steps, share_of
-from tests.test_partition import ATTENTION, FUSED, GATE_UP, ONLY_MLP, ROWS_RULE, rules
+from tests.support import reference
+from tests.support.models import write_model
+from tests.support.parity import (
+    MAX_GRAD_NORM,
+    STEPS,
+    make_config,
+    make_steps,
+    share_of,
+)
+from tests.support.rules import ATTENTION, FUSED, GATE_UP, ONLY_MLP, ROWS_RULE, rules
 from tp2d_lib.config import ConfigError
-from tp2d_lib.plan import PlanError
+from tp2d_lib.model import PlanError
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
@@ -41,16 +47,16 @@ REASONS = {  # words of an error -> what the table says
     "must name weights as the model does": "its files use other names",
 }
 # Settings for AutoTP where it refuses the default.
-WHOLE_VOCABULARY = {"vocab_parallel_lm_head": False}
+REPLICATED_VOCABULARY = {"vocab_parallel_lm_head": False}
 HALF_FUSED = rules(ATTENTION, GATE_UP, ROWS_RULE)
-FAMILIES = {  # its model in tests/models.py, what FSDP2 and AutoTP must do with it
+FAMILIES = {  # its model in support/models.py, what FSDP2 and AutoTP must do with it
     "Qwen2": ("qwen2-tied", EQUAL, EQUAL),
     "Qwen3": ("qwen3", EQUAL, EQUAL),
     "Llama": ("llama", EQUAL, EQUAL),
     "Mistral": ("mistral", EQUAL, EQUAL),
     "Mixtral": ("mixtral", EXPERTS, EXPERTS),
-    "Gemma": ("gemma", EQUAL, WHOLE_VOCABULARY),
-    "Gemma 2": ("gemma2", MASKS, WHOLE_VOCABULARY),
+    "Gemma": ("gemma", EQUAL, REPLICATED_VOCABULARY),
+    "Gemma 2": ("gemma2", MASKS, REPLICATED_VOCABULARY),
     "Gemma 3 (text)": ("gemma3", EQUAL, EQUAL),
     "Phi-3": ("phi3", GATHERS, {"partition_config": FUSED}),
     "Granite": ("granite", EQUAL, EQUAL),

@@ -12,64 +12,66 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models import write_model
-from tests.test_data import sentences, write_texts
-from tp2d_lib import data, dryrun, launch
+from tests.support.models import write_model
+from tests.support.texts import sentences, write_texts
+from tp2d_lib import data, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.cost import dryrun
+from tp2d_lib.data import rows as rows_module
 
 TESTS = Path(__file__).parent
 SEEN_BY = {
-    "model_name": "flags:test_a_hub_model_is_read_at_its_revision",
-    "model_revision": "flags:test_a_hub_model_is_read_at_its_revision",
-    "dataset_name": "data:test_other_content_makes_other_rows",
-    "dataset_config": "flags:test_a_dataset_has_configurations_and_splits",
-    "dataset_split": "flags:test_a_dataset_has_configurations_and_splits",
-    "dataset_percentage": "data:test_percentage_takes_the_first_documents",
-    "text_column": "data:test_missing_text_column",
-    "seq_length": "data:test_packed_rows_are_the_joined_documents",
-    "pack": "data:test_padded_rows_are_one_document_each",
-    "preprocessing_num_workers": "flags:test_so_many_processes_tokenise",
-    "prepared_data": "flags:test_prepared_rows_are_taken_as_they_are",
-    "eval_dataset": "evaluate:test_no_token_is_left_out",
-    "eval_split": "evaluate:test_the_datasets_own_split_is_the_default",
-    "prepared_eval_data": "evaluate:test_equal_on_every_mesh_and_to_one_process",
-    "tp_size": "parity:test_mesh_equals_one_process",
-    "dp_size": "parity:test_mesh_equals_one_process",
-    "num_workers": "config:test_mesh_not_as_large_as_workers",
-    "batch_size_per_gpu": "data:test_batches_have_the_shape_asked_for",
-    "gradient_accumulation_steps": "parity:test_mesh_equals_one_process",
-    "num_epochs": "data:test_number_of_steps",
-    "max_steps": "data:test_number_of_steps",
-    "optimizer": "parity:test_mesh_equals_one_process",
-    "learning_rate": "parity:test_mesh_equals_one_process",
-    "lr_scheduler_type": "loop:test_cosine_is_the_one_of_transformers",
-    "warmup_ratio": "loop:test_warm_up_is_linear_and_reaches_the_peak",
-    "weight_decay": "flags:test_weight_decay_shrinks_weights",
-    "max_grad_norm": "parity:test_reference_clips_and_moves",
-    "zero_stage": "dryrun:test_prediction_is_what_a_rank_then_holds",
-    "tp_preset": "partition:test_every_source_equals_one_process",
-    "partition_config": "partition:test_every_source_equals_one_process",
-    "vocab_parallel_lm_head": "partition:test_vocabulary_is_cut_tied_and_untied",
-    "seed": "data:test_order_depends_on_seed_and_epoch_only",
-    "device": "launch:test_too_few_gpus_is_said_before_a_worker_starts",
-    "dtype": "options:test_autocast_computes_in_bfloat16_and_sends_float32",
-    "autocast": "options:test_autocast_computes_in_bfloat16_and_sends_float32",
-    "compile": "options:test_compiled_equals_plain",
-    "bf16_master_weights": "flags:test_settings_that_save_memory_save_it",
-    "activation_checkpointing": "flags:test_settings_that_save_memory_save_it",
-    "storage_path": "launch:test_same_name_goes_on_where_it_stopped",
-    "cache_dir": "data:test_second_prepare_reuses_rows",
-    "run_name": "launch:test_same_name_goes_on_where_it_stopped",
-    "resume_from_checkpoint": "notebooks:test_another_mesh_and_export",
-    "eval_every": "cli:test_what_a_run_leaves",
-    "checkpoint_every": "launch:test_same_name_goes_on_where_it_stopped",
-    "async_checkpoint": "cli:test_death_while_writing_leaves_the_checkpoint_before",
-    "save_total_limit": "launch:test_same_name_goes_on_where_it_stopped",
-    "max_failures": "cli:test_failed_training_ends_with_1_and_says_how_to_go_on",
-    "log_interval": "launch:test_same_name_goes_on_where_it_stopped",
-    "report_to": "cli:test_what_a_run_leaves",
-    "profile_steps": "cli:test_what_a_run_leaves",
-    "export_to": "cli:test_what_a_run_leaves",
+    "model_name": "test_flags:test_a_hub_model_is_read_at_its_revision",
+    "model_revision": "test_flags:test_a_hub_model_is_read_at_its_revision",
+    "dataset_name": "data/test_rows:test_other_content_makes_other_rows",
+    "dataset_config": "test_flags:test_a_dataset_has_configurations_and_splits",
+    "dataset_split": "test_flags:test_a_dataset_has_configurations_and_splits",
+    "dataset_percentage": "data/test_rows:test_percentage_takes_the_first_documents",
+    "text_column": "data/test_rows:test_missing_text_column",
+    "seq_length": "data/test_rows:test_packed_rows_are_the_joined_documents",
+    "pack": "data/test_rows:test_padded_rows_are_one_document_each",
+    "preprocessing_num_workers": "test_flags:test_so_many_processes_tokenise",
+    "prepared_data": "test_flags:test_prepared_rows_are_taken_as_they_are",
+    "eval_dataset": "test_evaluate:test_no_token_is_left_out",
+    "eval_split": "test_evaluate:test_the_datasets_own_split_is_the_default",
+    "prepared_eval_data": "test_evaluate:test_equal_on_every_mesh_and_to_one_process",
+    "tp_size": "fsdp/test_parity:test_mesh_equals_one_process",
+    "dp_size": "fsdp/test_parity:test_mesh_equals_one_process",
+    "num_workers": "test_config:test_mesh_not_as_large_as_workers",
+    "batch_size_per_gpu": "data/test_loader:test_batches_have_the_shape_asked_for",
+    "gradient_accumulation_steps": "fsdp/test_parity:test_mesh_equals_one_process",
+    "num_epochs": "data/test_loader:test_number_of_steps",
+    "max_steps": "data/test_loader:test_number_of_steps",
+    "optimizer": "fsdp/test_parity:test_mesh_equals_one_process",
+    "learning_rate": "fsdp/test_parity:test_mesh_equals_one_process",
+    "lr_scheduler_type": "test_loop:test_cosine_is_the_one_of_transformers",
+    "warmup_ratio": "test_loop:test_warm_up_is_linear_and_reaches_the_peak",
+    "weight_decay": "test_flags:test_weight_decay_shrinks_weights",
+    "max_grad_norm": "fsdp/test_parity:test_reference_clips_and_moves",
+    "zero_stage": "cost/test_dryrun:test_prediction_is_what_a_rank_then_holds",
+    "tp_preset": "autotp/test_partition:test_every_source_equals_one_process",
+    "partition_config": "autotp/test_partition:test_every_source_equals_one_process",
+    "vocab_parallel_lm_head": "autotp/test_partition:test_vocabulary_tied_and_untied",
+    "seed": "data/test_loader:test_order_depends_on_seed_and_epoch_only",
+    "device": "test_launch:test_too_few_gpus_is_said_before_a_worker_starts",
+    "dtype": "test_options:test_autocast_computes_in_bfloat16_and_sends_float32",
+    "autocast": "test_options:test_autocast_computes_in_bfloat16_and_sends_float32",
+    "compile": "test_options:test_compiled_equals_plain",
+    "bf16_master_weights": "test_flags:test_settings_that_save_memory_save_it",
+    "activation_checkpointing": "test_flags:test_settings_that_save_memory_save_it",
+    "storage_path": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "cache_dir": "data/test_rows:test_second_prepare_reuses_rows",
+    "run_name": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "resume_from_checkpoint": "lessons/test_notebooks:test_another_mesh_and_export",
+    "eval_every": "test_cli:test_what_a_run_leaves",
+    "checkpoint_every": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "async_checkpoint": "test_cli:test_death_while_writing_leaves_the_one_before",
+    "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "max_failures": "test_cli:test_failed_training_ends_with_1_and_says_how_to_go_on",
+    "log_interval": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "report_to": "test_cli:test_what_a_run_leaves",
+    "profile_steps": "test_cli:test_what_a_run_leaves",
+    "export_to": "test_cli:test_what_a_run_leaves",
 }
 
 
@@ -77,7 +79,7 @@ def test_every_field_is_seen_by_a_test_that_exists():
     assert SEEN_BY.keys() == {field.name for field in fields(TrainConfig)}
     for field, where in SEEN_BY.items():
         file, test = where.split(":")
-        tree = ast.parse((TESTS / f"test_{file}.py").read_text())
+        tree = ast.parse((TESTS / f"{file}.py").read_text())
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert test in names, (field, where)
 
@@ -96,8 +98,9 @@ def config(demo_paths, tmp_path):
 
 HUB = """
 import sys
-from tp2d_lib import data, fsdp, model, weights
+from tp2d_lib import data, fsdp, model
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import weights
 
 dataset, storage, *revision = sys.argv[1:]
 config = TrainConfig(
@@ -168,13 +171,13 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
 def test_so_many_processes_tokenise(config, monkeypatch):
     """Each writes a file of its own, before the rows are made of them."""
     seen = []
-    fill = data.fill_packed
+    fill = rows_module.fill_packed
 
-    def look(rows, documents, whole):
+    def look(rows, documents, keep_all):
         seen.append(len(documents.cache_files))
-        fill(rows, documents, whole)
+        fill(rows, documents, keep_all)
 
-    monkeypatch.setattr(data, "fill_packed", look)
+    monkeypatch.setattr(rows_module, "fill_packed", look)
     one = data.prepare(config)
     other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
     two = data.prepare(replace(other, preprocessing_num_workers=2))
@@ -228,4 +231,4 @@ def test_settings_that_save_memory_save_it(config):
 def test_a_checkpoint_that_is_not_there_is_said_in_the_driver(config):
     gone = replace(config, resume_from_checkpoint="/gone", run_name="x")
     with pytest.raises(ConfigError, match="resume_from_checkpoint='/gone' must be a"):
-        launch.prepare(gone)
+        fsdp.check(gone)

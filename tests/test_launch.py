@@ -25,7 +25,7 @@ def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path, capsys):
         with pytest.raises(
             ConfigError, match=r"num_workers=4 must not exceed the cluster.s 3 GPUs"
         ):
-            launch.run(fsdp.train_func, config)
+            launch.run(fsdp.train_func, config, fsdp.check)
         assert launch.pick_device(replace(config, device="cpu")) == "cpu"
         fits = replace(config, dp_size=1, num_workers=2)
         assert launch.pick_device(fits) == "cuda"
@@ -39,13 +39,13 @@ def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
     cluster()
     settings = {"run_name": "again", "log_interval": 3, "checkpoint_every": 2}
     config = build_config("demo", str(tmp_path), max_steps=4, tp_size=2, **settings)
-    first = checkpoint.history(launch.run(fsdp.train_func, config))
+    first = checkpoint.history(launch.run(fsdp.train_func, config, fsdp.check))
     assert [record["step"] for record in first] == [2, 3, 4]
     assert "step 4/4" in capsys.readouterr().out
 
     moved = build_config("demo", str(tmp_path), max_steps=6, dp_size=2, **settings)
     moved = replace(moved, batch_size_per_gpu=2)
-    result = launch.run(fsdp.train_func, moved)
+    result = launch.run(fsdp.train_func, moved, fsdp.check)
     second = checkpoint.history(result)
     assert "resumed after step 4" in capsys.readouterr().out
     assert second[: len(first)] == first
@@ -63,4 +63,4 @@ def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
     cluster()
     config = build_config("demo", str(tmp_path), max_failures=0)
     with pytest.raises(ray.train.TrainingFailedError, match="the third layer melted"):
-        launch.run(fails, config)
+        launch.run(fails, config, fsdp.check)

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from tests.models import write_model
-from tests.test_parity import make_config, make_steps, share_of
+from tests.support.models import write_model
+from tests.support.parity import make_config, make_steps, share_of
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError
 
@@ -29,7 +29,7 @@ def train(engine, configs):
 
     from torch._dynamo.utils import counters
 
-    from tp2d_lib.comm import CommBytes
+    from tp2d_lib.cost.comm import CommBytes
 
     results, mesh = [], the_mesh()
     for config in configs:

@@ -37,7 +37,7 @@ def test_settings_replace_the_presets(tmp_path):
 def test_demo_is_written_once_and_is_what_it_says(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tp2d_lib import demo
+    from tp2d_lib.data import demo
 
     model_name, _ = demo.write(tmp_path / "demo")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import shlex
 import signal
 import sys
@@ -14,7 +13,7 @@ from typing import Any, get_type_hints
 
 from tp2d_lib.config import ConfigError, TrainConfig, closest
 
-FLAGS = {"batch_size_per_gpu": "batch_size"}  # the one name that is shorter here
+FLAGS = {"batch_size_per_gpu": "batch_size"}  # the one flag that is not its field
 GROUPS = {  # a group begins with a field
     "model_name": "model and data",
     "tp_size": "mesh",
@@ -22,13 +21,13 @@ GROUPS = {  # a group begins with a field
     "storage_path": "run",
 }
 DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
-ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # begins the help of its own fields
+ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
 
 
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     """One flag for each field of TrainConfig that the engine reads.
 
-    A flag that is not given leaves no trace, so that a file or the demo can speak.
+    A flag that is not given sets nothing, so that a file or the demo can.
     """
     parser = argparse.ArgumentParser(
         description=description, argument_default=argparse.SUPPRESS
@@ -42,7 +41,7 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, tell mesh, memory, traffic and steps, and stop",
+        help="check everything, print mesh, memory, traffic and steps, and stop",
     )
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
@@ -53,30 +52,33 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
             group.add_argument(
                 f"--{FLAGS.get(f.name, f.name)}", dest=f.name, **options(f, hints)
             )
-    group.add_argument("--resume_from", metavar="RUN", help="go on with this run_name")
+    group.add_argument(
+        "--resume_from", metavar="RUN", help="resume the run with this run_name"
+    )
     return parser
 
 
 def options(f, hints: dict) -> dict[str, Any]:
-    """What argparse is told of one field."""
+    """The keyword arguments of ``add_argument`` for one field."""
     text = f.metadata["help"]
     for prefix in ONLY.values():
         text = text.removeprefix(prefix)
     default = "required" if f.name == "tp_size" else DEFAULTS.get(f.name, f.default)
-    told: dict[str, Any] = {"help": text + f" ({default})" * (default is not None)}
+    keywords: dict[str, Any] = {"help": text + f" ({default})" * (default is not None)}
     if hints[f.name] is bool:
-        return told | {"action": argparse.BooleanOptionalAction}
+        return keywords | {"action": argparse.BooleanOptionalAction}
     kinds = getattr(hints[f.name], "__args__", (hints[f.name],))
-    told["type"] = next(kind for kind in (int, float, str) if kind in kinds)
-    told["metavar"] = "|".join(f.metadata["choices"]) or told["type"].__name__.upper()
-    return told
+    keywords["type"] = next(kind for kind in (int, float, str) if kind in kinds)
+    name = keywords["type"].__name__.upper()
+    keywords["metavar"] = "|".join(f.metadata["choices"]) or name
+    return keywords
 
 
 def read_config(given: dict[str, Any]) -> TrainConfig:
     """Defaults, then the demo's values, then the file's, then flags.
 
     Raises:
-        ConfigError: a value or a combination that cannot be.
+        ConfigError: a value or a combination that is not allowed.
     """
     values: dict[str, Any] = dict(DEFAULTS)
     file = read_file(given.pop("config", None))
@@ -89,7 +91,7 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
         values |= presets.preset_values("demo", storage) | {"device": "cpu"}
     values |= file | given
     if "tp_size" not in values:
-        raise ConfigError("tp_size must be given, the ranks that share a layer; try 2")
+        raise ConfigError("tp_size must be given: ranks that share each layer; try 2")
     if run is not None:
         values["run_name"] = run
     config = TrainConfig(**values)
@@ -105,8 +107,10 @@ def read_file(path: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).expanduser().read_text("utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, no keys")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config={path!r} must be a YAML file ({error}); try one line, 'tp_size: 2'"
         ) from error
@@ -146,41 +150,48 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     given = vars(build_parser(engine, description).parse_args(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        return obey(engine, given, argv)
+        return run_command(engine, given, argv)
     except KeyboardInterrupt:
         print("stopped: nothing more was saved", file=sys.stderr)
         return 1
 
 
-def obey(engine: str, given: dict[str, Any], argv: list[str]) -> int:
-    from tp2d_lib import launch  # deferred: --help need not wait for it
-    from tp2d_lib.plan import PlanError
+def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
+    from tp2d_lib import launch  # here, and below: --help need not wait for it
+    from tp2d_lib.model import PlanError
 
     launch.quiet()
-    dry = given.pop("dry_run", False)
+    is_dry_run = given.pop("dry_run", False)
     try:
         config = read_config(given)
         module = importlib.import_module(f"tp2d_lib.{engine}")
-        module.check(config)
-        if dry:
-            return foresee(engine, config)
+        config = replace(config, device=pick_device(config, is_dry_run))
+        config = launch.prepare(module.check(config))
+        if is_dry_run:
+            return dry_run(engine, config)
         return train(module.train_func, config, argv)
     except (ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def foresee(engine: str, config: TrainConfig) -> int:
-    """A dry run: too few GPUs are worth a note here, so that a laptop may ask."""
-    from tp2d_lib import data, dryrun, launch
+def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
+    """Too few GPUs only cause a note in a dry run, so that a laptop may ask."""
+    from tp2d_lib import launch
 
-    launch.connect()
     try:
-        device = launch.pick_device(config)
+        return launch.pick_device(config)
     except ConfigError as error:
+        if not is_dry_run:
+            raise
         print(f"note: {error}", file=sys.stderr)
-        device = "cuda"
-    config = launch.prepare(replace(config, device=device))
+        return "cuda"
+
+
+def dry_run(engine: str, config: TrainConfig) -> int:
+    from tp2d_lib import data
+    from tp2d_lib.cost import dryrun
+
     rows = data.BatchLoader(config, Path(config.prepared_data), dp_rank=0)
     print(dryrun.report(config, dryrun.predict(engine, config), rows))
     return 0
@@ -191,8 +202,6 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
 
     from tp2d_lib import checkpoint, launch
 
-    launch.connect()
-    config = launch.resolve(config)
     print(launch.as_yaml(config), flush=True)
     try:
         result = launch.train(train_func, config)
@@ -207,34 +216,21 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
 
 
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
-    """What failed first and where, what is saved, and the command that goes on."""
+    """What failed first and where, what is saved, and the command that resumes."""
     from tp2d_lib import checkpoint, launch
+    from tp2d_lib.monitor import failures
 
     stopped = isinstance(error, launch.Stopped)
-    lines = [f"stopped: {error}" if stopped else f"failed: {first_failure(error)}"]
+    lines = [f"stopped: {error}" if stopped else f"failed: {failures.first(error)}"]
     saved = checkpoint.last_of(config)
     if saved:
         kept = without(argv, ("--run_name", "--resume_from"))
         again = shlex.join([*kept, "--resume_from", config.run_name])
         lines.append(f"last checkpoint: {saved}")
-        lines.append(f"to go on: python {shlex.quote(sys.argv[0])} {again}")
+        lines.append(f"to resume: python {shlex.quote(sys.argv[0])} {again}")
     else:
         lines.append("no checkpoint was written yet")
     return "\n".join(lines)
-
-
-def first_failure(error: Exception) -> str:
-    """The rank that failed first; the others often fail because it is gone."""
-    told = []
-    for rank, failure in getattr(error, "worker_failures", {}).items():
-        found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))
-        if found:
-            when, host, what = found[-1]
-            told.append((float(when), f"rank {rank} on {host}: {what}"))
-        else:  # it had no time to say anything
-            what = str(failure).strip().splitlines()[0]
-            told.append((0.0, f"rank {rank}: {type(failure).__name__}: {what}"))
-    return min(told)[1] if told else str(error).strip()
 
 
 def without(argv: list[str], flags: tuple[str, ...]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,31 +15,49 @@ from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
 
 
-def prepare(config: TrainConfig) -> Path | None:
-    """The rows of the held-out data, none of its tokens left out; made in the driver.
+def check(config: TrainConfig) -> None:
+    """Find what ``prepare`` would stumble over, without tokenising.
 
     Raises:
-        ConfigError: the data cannot be read, or has no such split.
+        ConfigError: the held-out data cannot be read, or has no such split.
+    """
+    if config.eval_every:
+        with held_out(config) as other:
+            data.check(other)
+
+
+def prepare(config: TrainConfig) -> Path | None:
+    """The rows of the held-out data, with none of its tokens dropped; driver only.
+
+    Raises:
+        ConfigError: as in ``check``.
     """
     if not config.eval_every:
         return None
-    held_out = {"dataset_split": config.eval_split, "dataset_percentage": 100}
+    with held_out(config) as other:
+        return data.prepare(other, keep_all=True)
+
+
+@contextmanager
+def held_out(config: TrainConfig) -> Iterator[TrainConfig]:
+    """The configuration to read held-out data with; errors name the user's fields."""
+    settings = {"dataset_split": config.eval_split, "dataset_percentage": 100}
     if config.eval_dataset:
-        held_out |= {"dataset_name": config.eval_dataset, "dataset_config": None}
-    held_out |= {"prepared_data": config.prepared_eval_data}
+        settings |= {"dataset_name": config.eval_dataset, "dataset_config": None}
     try:
-        return data.prepare(replace(config, **held_out), whole=True)
+        yield replace(config, **settings, prepared_data=config.prepared_eval_data)
     except ConfigError as error:
         sentence = str(error).replace("dataset_split=", "eval_split=")
+        sentence = sentence.replace("prepared_data=", "prepared_eval_data=")
         if config.eval_dataset:
             sentence = sentence.replace("dataset_name=", "eval_dataset=")
         raise ConfigError(sentence) from error
 
 
 def batches(config: TrainConfig, dp_rank: int) -> Iterator[dict[str, torch.Tensor]]:
-    """This dp rank's micro-batches, as many as every other's; filled up with padding.
+    """This dp rank's micro-batches, as many as every other dp rank has.
 
-    Rows are dealt out in their order; a row past the last one counts for nothing.
+    Rows are dealt out in order; a row past the last one is all padding.
     """
     directory = Path(config.prepared_eval_data)
     rows = np.load(directory / "input_ids.npy", mmap_mode="r")

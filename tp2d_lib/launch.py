@@ -1,11 +1,10 @@
-"""Start Ray, prepare the data, run a training function on every worker."""
+"""Start Ray, check and prepare the run, train on every worker."""
 
 from __future__ import annotations
 
 import copyreg
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,8 +19,10 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
-from tp2d_lib import checkpoint, data, evaluate, progress, reporting, signals, storage
+from tp2d_lib import data, evaluate
+from tp2d_lib.checkpoint import storage
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.monitor import failures, progress, reporting, signals
 
 WORKER_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
@@ -60,8 +61,8 @@ def connect() -> None:
 
 
 def quiet() -> None:
-    """Turn off progress bars of libraries that would fill the page."""
-    import datasets
+    """Turn off the progress bars of libraries, which would fill the page."""
+    import datasets  # here, as the next: both are slow
     import transformers
 
     datasets.disable_progress_bars()
@@ -69,30 +70,14 @@ def quiet() -> None:
 
 
 def pickle_config_modules() -> None:
-    """Let notebook functions that say both ``dist`` and ``.config`` travel by value.
+    """Let notebook functions that use both ``dist`` and ``.config`` travel by value.
 
     cloudpickle takes the pair for ``torch.distributed.config``, one of PyTorch's
-    configuration modules, which do not pickle; pickle them as what they are, imports.
+    configuration modules, which do not pickle; pickle those as imports.
     """
     for module in list(sys.modules.values()):
         if type(module).__name__ == "ConfigModuleInstance":
             copyreg.pickle(type(module), lambda m: (import_module, (m.__name__,)))
-
-
-class RankFailed(RuntimeError):
-    """What a rank raised, in one line: when, on which host, what."""
-
-
-def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> None:
-    """Run on one worker; the driver must tell the first failure from its echoes."""
-    try:
-        train_func(config)
-    except Exception as error:
-        sentence = (str(error).strip().splitlines() or [""])[0]
-        host = socket.gethostname()
-        raise RankFailed(
-            f"{time.time():.3f} {host} {type(error).__name__}: {sentence}"
-        ) from error
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -104,29 +89,38 @@ class Stopped(RuntimeError):
     """A signal ended the run early; everything up to its last step is saved."""
 
 
-def run(train_func: Callable[[TrainConfig], None], config: TrainConfig):
+def run(
+    train_func: Callable[[TrainConfig], None],
+    config: TrainConfig,
+    check: Callable[[TrainConfig], TrainConfig],
+):
     """Train: ``train_func(config)`` on ``config.num_workers`` Ray workers.
 
-    The data is prepared first, here, and the configuration kept with the run. A run
-    that loses a worker restarts from its last checkpoint, ``max_failures`` times; a run
-    started again under the same ``run_name`` and ``storage_path`` goes on where it
-    stopped, also on another mesh. Ctrl-C and SIGTERM end it after the step under way,
-    with a checkpoint; a second one at once.
+    The device is decided first, then the configuration checked and the data prepared,
+    all in the driver. A run that loses a worker restarts from its latest checkpoint,
+    ``max_failures`` times; a run started again with the same ``run_name`` and
+    ``storage_path`` resumes where it stopped, also on another mesh. Ctrl-C and SIGTERM
+    end it after the current step, with a checkpoint; a second one ends it at once.
+
+    Args:
+        check: of the engine that ``train_func`` builds, ``fsdp.check`` or
+            ``autotp.check``.
 
     Returns:
         Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
 
     Raises:
-        ConfigError: before any worker starts.
+        ConfigError, PlanError: before any worker starts.
         Stopped: by a signal.
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
     """
-    connect()
-    return train(train_func, resolve(config))
+    config = replace(config, device=pick_device(config))
+    return train(train_func, prepare(check(config)))
 
 
 def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
-    """``run``, for a configuration that is resolved."""
+    """``run``, for a configuration that is checked and prepared."""
+    connect()
     storage.write(config, "config.yaml", as_yaml(config).encode())
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     trainer = build_trainer(train_func, config, callbacks)
@@ -148,7 +142,7 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
     use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
     return TorchTrainer(
-        lambda: on_rank(train_func, config),
+        lambda: failures.on_rank(train_func, config),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
@@ -160,7 +154,7 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
         ),
         run_config=ray.train.RunConfig(
             name=config.run_name,
-            storage_path=storage.uri(config.storage_path),
+            storage_path=config.storage_path,
             callbacks=callbacks,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -173,7 +167,7 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
 def fit(trainer: TorchTrainer, watcher: progress.Watcher):
     """Ray's result, and a list with the name of the signal that came meanwhile.
 
-    Not in the main thread: there Ray takes Ctrl-C for itself, and drops the run.
+    Not in the main thread: there Ray handles Ctrl-C itself, and drops the run.
     """
     future: Future = Future()
 
@@ -184,21 +178,18 @@ def fit(trainer: TorchTrainer, watcher: progress.Watcher):
             future.set_exception(error)
 
     threading.Thread(target=wait, daemon=True).start()
-    with signals.first_one(watcher.stop_training) as caught:
+    with signals.on_first_signal(watcher.stop_training) as caught:
         return future.result(), caught
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what is decided once per run: its device, its name and its rows."""
-    return prepare(replace(config, device=pick_device(config)))
-
-
 def prepare(config: TrainConfig) -> TrainConfig:
-    """All of that but the device, which a dry run may only wish for."""
-    checkpoint.check_there(config)
-    if config.report_to:
-        reporting.check_installed()
+    """Fill in what is decided once per run: its rows and its name.
+
+    Raises:
+        ConfigError: the data gives too few rows.
+    """
     rows, held_out = data.prepare(config), evaluate.prepare(config)
+    data.BatchLoader(config, rows, dp_rank=0)  # there is at least one global batch
     return replace(
         config,
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
@@ -208,9 +199,16 @@ def prepare(config: TrainConfig) -> TrainConfig:
 
 
 def pick_device(config: TrainConfig) -> str:
-    """ "cuda" or "cpu"; too few GPUs are an error, unless the CPU was asked for."""
+    """ "cuda" or "cpu"; joins Ray to see its GPUs, unless the CPU was asked for.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    if config.device == "cpu":
+        return "cpu"
+    connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "cpu" or (config.device == "auto" and gpus == 0):
+    if config.device == "auto" and gpus == 0:
         return "cpu"
     if gpus < config.num_workers:
         fits = f"tp_size and dp_size whose product is at most {gpus}, or " * (gpus > 0)

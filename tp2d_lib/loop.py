@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import math
 
-from tp2d_lib import checkpoint, progress
+from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
 from tp2d_lib.evaluate import evaluate
-from tp2d_lib.metrics import Metrics
-from tp2d_lib.profile import profiler
+from tp2d_lib.monitor import progress
+from tp2d_lib.monitor.metrics import Metrics
+from tp2d_lib.monitor.profile import profiler
 
 
 def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the data.
+    """Train from the latest checkpoint, or from the start, to the end of the data.
 
-    Or until the driver asks to stop: then the step under way is the last, and saved.
+    When the driver asks to stop, the current step is the last, and is saved.
     """
     state = checkpoint.restore(engine, config)
     loader.position = state["position"]
     start, total = state["step"], state["step"] + loader.steps_left
-    link = progress.Link(config.run_name)
-    link.publish({"notice": engine.notice})
-    link.publish({"start": start, "total": total})
+    driver = progress.WorkerProgress(config.run_name)
+    driver.publish({"notice": engine.notice})
+    driver.publish({"start": start, "total": total})
     step = start
-    metrics = Metrics(engine, config, start, state["history"], link.publish)
+    metrics = Metrics(engine, config, start, state["history"], driver.publish)
     with profiler(config) as profile:
         for step, batch in enumerate(loader, start=start + 1):
-            link.ask(step)
+            driver.begin(step)
             rate = learning_rate(step, total, config)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             loss, grad_norm = engine.step(batch)
             profile.step()
             metrics.add(batch, loss, grad_norm)
-            stop = link.told_to_stop()
+            stop = driver.should_stop()
             last = stop or step == total
             evaluates = is_due(step, config.eval_every, step == total)
             saves = is_due(step, config.checkpoint_every, last) or last

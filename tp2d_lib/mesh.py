@@ -21,8 +21,8 @@ class Coordinate:
 def layout(dp_size: int, tp_size: int) -> torch.Tensor:
     """World ranks as a (dp_size, tp_size) table: a row is one TP group.
 
-    Neighbouring ranks share a row, so that a TP group, which talks in every layer,
-    stays inside one node when ranks are numbered node by node.
+    Neighbouring ranks share a row, so that a TP group, which communicates in every
+    layer, stays inside one node when ranks are numbered node by node.
     """
     return torch.arange(dp_size * tp_size).view(dp_size, tp_size)
 
@@ -42,7 +42,7 @@ def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceM
 
     Args:
         dp_size: rows; each row sees different data.
-        tp_size: columns; the ranks of a row hold different parts of every layer.
+        tp_size: columns; the ranks of a row hold different shards of every layer.
         device_type: "cuda", "cpu", or "auto" for what this machine has.
 
     Returns:

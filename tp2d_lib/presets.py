@@ -6,8 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tp2d_lib import demo
 from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.data import demo
+from tp2d_lib.validation import absolute
 
 CLUSTER_STORAGE = "/mnt/cluster_storage"  # the shared folder of an Anyscale cluster
 
@@ -61,14 +62,14 @@ def preset_values(preset: str, storage_path: str) -> dict:
     values = {"storage_path": storage_path, **PRESETS[preset]}
     if preset == "demo":
         remote = "://" in storage_path
-        home = Path(default_storage() if remote else storage_path)
-        model_name, dataset_name = demo.write(home / "demo")
+        home = default_storage() if remote else absolute(storage_path)
+        model_name, dataset_name = demo.write(Path(home) / "demo")
         values |= {"model_name": model_name, "dataset_name": dataset_name}
     return values
 
 
 def lesson_config(config: TrainConfig, **settings) -> TrainConfig:
-    """The demo on a 2x2 mesh: what the live ranks of the lessons use everywhere."""
+    """The demo on a 2x2 mesh, for the live ranks of the lessons on any hardware."""
     demo_config = build_config("demo", config.storage_path, tp_size=2, dp_size=2)
     return replace(demo_config, batch_size_per_gpu=2, dtype="float32", **settings)
 

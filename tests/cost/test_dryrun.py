@@ -1,0 +1,136 @@
+"""A dry run predicts what live ranks then hold and send."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+import torch
+
+from tests.support.models import write_model
+from tp2d_lib import cli
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.cost import dryrun
+
+CASES = {  # engine, model, (tp_size, dp_size), settings
+    "fsdp": ("fsdp", "qwen2-tied", (2, 2), {"dtype": "bfloat16"}),
+    "fsdp-recomputed": (
+        "fsdp",
+        "llama",
+        (4, 1),
+        {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    ),
+    "fsdp-windows": ("fsdp", "gemma3", (1, 4), {}),
+    "zero-0": ("autotp", "qwen3", (2, 2), {"zero_stage": 0}),
+    "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16"}),
+    "zero-2": (
+        "autotp",
+        "qwen2-tied",
+        (2, 2),
+        {"zero_stage": 2, "gradient_accumulation_steps": 2},
+    ),
+    "zero-3": (
+        "autotp",
+        "llama",
+        (2, 2),
+        {
+            "zero_stage": 3,
+            "gradient_accumulation_steps": 2,
+            "activation_checkpointing": True,
+        },
+    ),
+}
+
+
+def measure(engine, config):
+    """Run by every rank: what it holds and sends, on real tensors."""
+    from tp2d_lib import autotp, fsdp
+    from tp2d_lib.cost import memory
+    from tp2d_lib.cost.comm import CommBytes
+    from tp2d_lib.mesh import build_mesh
+
+    build, rank_bytes = {
+        "fsdp": (fsdp.build_engine, memory.fsdp_rank_bytes),
+        "autotp": (autotp.build_engine, memory.autotp_rank_bytes),
+    }[engine]
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    built = build(config, mesh)
+    generator = torch.Generator().manual_seed(mesh["dp"].get_local_rank())
+    shape = (config.batch_size_per_gpu, config.seq_length)
+    ids = torch.randint(500, shape, generator=generator)
+    batch = [{"input_ids": ids, "labels": ids}] * config.gradient_accumulation_steps
+    built.gradients_checked = True  # its collective belongs to the first step
+    with memory.Activations(built.model) as kept, CommBytes(mesh) as sent:
+        held = rank_bytes(built, batch)
+    return held | {
+        "activations": kept.bytes,
+        "tp": sent.sent("tp"),
+        "dp": sent.sent("dp"),
+    }
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        case: TrainConfig(
+            model_name=write_model(model, folder),
+            tp_size=tp_size,
+            dp_size=dp_size,
+            seq_length=64,
+            batch_size_per_gpu=2,
+            storage_path=str(folder),
+            device="cpu",
+            **settings,
+        )
+        for case, (_, model, (tp_size, dp_size), settings) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def predictions(configs):
+    with ThreadPoolExecutor(2) as threads:
+        asked = {
+            case: threads.submit(dryrun.predict, CASES[case][0], configs[case])
+            for case in CASES
+        }
+        return {case: future.result() for case, future in asked.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools):
+    engine = CASES[case][0]
+    ranks = pools(4, engine).run(measure, engine, configs[case])
+    predicted = predictions[case]
+    for name in ("parameters", "gradients", "optimizer"):
+        assert predicted[name] == max(rank[name] for rank in ranks), name
+    kept = max(rank["activations"] for rank in ranks)
+    masks = case == "fsdp-windows"  # a real run also keeps those of sliding windows
+    close = pytest.approx(kept, rel=0.15 if masks else 0.01)
+    assert predicted["activations"] == close
+    for name in ("tp", "dp"):
+        assert predicted[name] == pytest.approx(ranks[0][name], rel=0.01), name
+
+
+def test_the_command_tells_and_stops(tmp_path, capsys):
+    demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
+    run = ["--dp_size", "2", "--device", "cuda", "--dry_run", "--run_name", "asked"]
+    run += ["--eval_every", "10"]
+    try:
+        assert cli.main("fsdp", "", [*demo, *run]) == 0
+    finally:
+        ray.shutdown()
+    page, notes = capsys.readouterr()
+    assert "note: num_workers=4 must not exceed the cluster's 0 GPUs" in notes
+    assert re.search(r"dp 1 +2 +3$", page, re.MULTILINE)
+    assert "parameters in the model: 1,058,496" in page
+    assert re.search(r"^  parameters +1.06 MB$", page, re.MULTILINE)
+    assert "1,003 rows of 128 tokens, 128,384 of them real" in page
+    assert "40 steps of 8 rows, 0.32 epochs" in page
+    assert re.search(r"^\d+ held-out rows, every 10 steps$", page, re.MULTILINE)
+    assert not (tmp_path / "asked").exists()
+
+
+def test_sizes_are_for_people():
+    sizes = [dryrun.size(count) for count in (12, 1_500, 3_808_114_688, 2e12)]
+    assert sizes == ["12 B", "1.5 kB", "3.81 GB", "2 TB"]

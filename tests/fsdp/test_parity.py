@@ -1,0 +1,96 @@
+"""Training on a mesh equals training in one process: losses, norms, every weight."""
+
+import pytest
+import torch
+
+from tests.support.models import CONFIGS, write_model
+from tests.support.parity import (
+    MAX_GRAD_NORM,
+    make_config,
+    make_steps,
+    share_of,
+    train_references,
+)
+
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
+LARGEST = MESHES[-2:]
+# (rows, accumulation, optimizer): each pair of settings meets once
+VARIANTS = [
+    ("packed", 1, "sgd"),
+    ("packed", 2, "adamw"),
+    ("padded", 1, "adamw"),
+    ("padded", 2, "sgd"),
+]
+
+
+def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
+    """Run by every rank: what reference.train returns, for each variant."""
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
+    results = []
+    for variant in variants:
+        config = make_config(model_dir, storage, tp_size, dp_size, variant)
+        engine = build_engine(config, mesh)
+        losses, norms = [], []
+        steps = make_steps(*variant[:2])
+        for batch in share_of(steps, mesh, config.batch_size_per_gpu):
+            loss, norm = engine.step(batch)
+            losses.append(float(loss))
+            norms.append(float(norm))
+        weights = {
+            name: weight.full_tensor().detach()
+            for name, weight in engine.model.named_parameters()
+        }
+        results.append((losses, norms, weights))
+    return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(name, folder) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def references(models):
+    return train_references(models, VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *(("qwen2-tied", mesh) for mesh in MESHES),
+        *((name, mesh) for name in CONFIGS if name != "qwen2-tied" for mesh in LARGEST),
+    ],
+    ids=str,
+)
+def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
+    tp_size, dp_size = mesh
+    answers = pools(tp_size * dp_size).run(
+        train_on_mesh, models[name], tp_size, dp_size, VARIANTS, str(tmp_path)
+    )
+    for variant, *ranks in zip(VARIANTS, *answers, strict=True):
+        expected = references[(name, *variant)]
+        for got in ranks:  # the same numbers on every rank
+            torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=0)
+        weights = ranks[0][2]
+        assert weights.keys() == expected[2].keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(
+                weight, expected[2][key], rtol=0, atol=1e-4, msg=f"{variant} {key}"
+            )
+
+
+def test_reference_clips_and_moves(references, models):
+    """The comparison means something: gradients are clipped and weights move far."""
+    from transformers import AutoModelForCausalLM
+
+    for (name, *_), (_, norms, weights) in references.items():
+        before = AutoModelForCausalLM.from_pretrained(models[name]).state_dict()
+        assert max(norms) > MAX_GRAD_NORM
+        for key, weight in weights.items():
+            moved = (weight - before[key]).abs().max()
+            assert moved > 10 * 1e-4, (name, key, moved)

@@ -1,0 +1,129 @@
+"""A plan that does not cover a model is an error that names what is left."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+from tests.support.demo import make_config
+from tp2d_lib.fsdp.plan import tensor_parallel_plan
+from tp2d_lib.model import PlanError
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def empty(kind, **settings):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(kind(**SIZES, **settings))
+
+
+def test_plan_names_every_kind_of_module_once():
+    plan = tensor_parallel_plan(empty(Qwen3Config, num_key_value_heads=2, head_dim=8))
+    styles = {name: type(style).__name__ for name, style in plan.items()}
+    assert styles == {
+        "model.embed_tokens": "RowwiseParallel",
+        "model.layers.*.self_attn": "PrepareModuleInput",
+        "model.layers.*.self_attn.q_proj": "ColwiseParallel",
+        "model.layers.*.self_attn.k_proj": "ColwiseParallel",
+        "model.layers.*.self_attn.v_proj": "ColwiseParallel",
+        "model.layers.*.self_attn.o_proj": "RowwiseParallel",
+        "model.layers.*.self_attn.q_norm": "SequenceParallel",
+        "model.layers.*.self_attn.k_norm": "SequenceParallel",
+        "model.layers.*.mlp": "PrepareModuleInput",
+        "model.layers.*.mlp.gate_proj": "ColwiseParallel",
+        "model.layers.*.mlp.up_proj": "ColwiseParallel",
+        "model.layers.*.mlp.down_proj": "RowwiseParallel",
+        "model.layers.*.input_layernorm": "SequenceParallel",
+        "model.layers.*.post_attention_layernorm": "SequenceParallel",
+        "model.norm": "SequenceParallel",
+        "lm_head": "ColwiseParallel",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        (Phi3Config, {"pad_token_id": 0}, "rowwise_split_input"),
+        (MixtralConfig, {"num_key_value_heads": 2}, "experts"),
+    ],
+)
+def test_style_that_is_not_known(kind, settings, named):
+    with pytest.raises(PlanError, match=rf"style .*{named}.* must be one of"):
+        tensor_parallel_plan(empty(kind, **settings))
+
+
+def test_model_without_a_plan_for_its_layers():
+    with pytest.raises(PlanError, match="StableLmForCausalLM must publish a tp_plan"):
+        tensor_parallel_plan(empty(StableLmConfig, num_key_value_heads=4))
+
+
+def test_model_with_a_plan_for_a_part():
+    with pytest.raises(
+        PlanError, match=r"leaves 'model\.layers\.0\.mlp\.act_fn\.alpha_p'"
+    ):
+        tensor_parallel_plan(empty(ApertusConfig, num_key_value_heads=4))
+
+
+def apply_to_uncovered(model_dir):
+    """Run by every rank: a module that the plan does not know."""
+    from tp2d_lib.fsdp.plan import apply_tp
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(1, 2)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    plan = tensor_parallel_plan(model)
+    model.model.layers[1].mlp.gain = nn.Parameter(torch.ones(4))
+    messages = []
+    for attempt in (
+        lambda: tensor_parallel_plan(model),
+        lambda: apply_tp(model, mesh["tp"], plan),  # a plan edited by its reader
+    ):
+        try:
+            attempt()
+        except PlanError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_parameter_off_the_mesh_is_named(demo_paths, pools):
+    for first, second in pools(2).run(apply_to_uncovered, demo_paths[0]):
+        assert "leaves 'model.layers.1.mlp.gain' replicated" in first
+        assert "leaves 'model.layers.1.mlp.gain' off the tp mesh" in second
+
+
+def load_untied(config):
+    """Run by every rank: a plan whose reader forgot to tie the weights again."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.fsdp.plan import apply_fsdp
+    from tp2d_lib.mesh import build_mesh
+
+    def parallelize(model, mesh, dtype):
+        parallelize_module(model, mesh["tp"], tensor_parallel_plan(model))
+        apply_fsdp(model, mesh["dp"], dtype)
+        return model
+
+    try:
+        build_engine(config, build_mesh(config.dp_size, config.tp_size), parallelize)
+    except ValueError as error:
+        return str(error)
+
+
+def test_weight_that_no_file_fills_is_named(demo_paths, pools, tmp_path):
+    config = make_config(demo_paths, tmp_path, 2, 2)
+    for message in pools(4).run(load_untied, config):
+        assert "must hold lm_head.weight (1 missing)" in message

@@ -1,0 +1,293 @@
+"""The notebooks run as they are, prove what they say, and render completely."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scripts import run_notebooks, sync_notebooks
+from tp2d_lib.config import ConfigError
+from tp2d_lib.lessons import notebook
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FSDP = ROOT / "notebooks" / "fsdp2_dtensor.ipynb"
+AUTOTP = ROOT / "notebooks" / "deepspeed_autotp.ipynb"
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@each
+def test_committed_clean_and_readable(path):
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+            lines = cell.source.splitlines()
+            assert len(lines) <= 40, lines[0]
+            assert max(map(len, lines)) <= 88
+
+
+@each
+def test_mirrored_cells_equal_the_library(path, tmp_path):
+    assert sync_notebooks.sync(path, check=True) == []
+    edited = read(path)
+    mirrored = [cell for cell in edited.cells if cell.metadata.get("tp2d_source")]
+    assert len(mirrored) >= 5
+    mirrored[0].source += " "  # one byte, and it is seen
+    nbformat.write(edited, tmp_path / "edited.ipynb")
+    (reference,) = sync_notebooks.sync(tmp_path / "edited.ipynb", check=True)
+    assert reference == mirrored[0].metadata["tp2d_source"]
+
+
+@pytest.fixture(scope="module")
+def execute(tmp_path_factory):
+    """A notebook run by papermill with its own defaults, once; and its build folder."""
+
+    @functools.cache
+    def run(path):
+        build = tmp_path_factory.mktemp("build")
+        return read(run_notebooks.execute(path, build, {})), build
+
+    return run
+
+
+def printed(notebook) -> str:
+    """Everything a notebook printed, in order."""
+    outputs = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
+    return "\n".join(output.get("text", "") for output in outputs)
+
+
+def number(pattern: str, text: str) -> float:
+    """The one number that follows ``pattern`` in the text."""
+    (found,) = re.findall(pattern + r"\s*([-+.\de]+)", text)
+    return float(found)
+
+
+@each
+def test_every_cell_ran_without_noise(path, execute):
+    for cell in execute(path)[0].cells:
+        if cell.cell_type != "code":
+            continue
+        assert cell.execution_count, cell.source
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+            plain = str(output.get("data", {}).get("text/plain"))
+            assert "Warning" not in output.get("text", "") + plain
+
+
+@each
+def test_four_ranks_say_who_they_are(path, execute):
+    text = printed(execute(path)[0])
+    seen = re.findall(r"^(\d) +\d+ +(\d) +(\d) +\[", text, re.MULTILINE)
+    assert seen == [("0", "0", "0"), ("1", "0", "1"), ("2", "1", "0"), ("3", "1", "1")]
+
+
+@each
+def test_fingerprints_follow_the_dp_rank(path, execute):
+    rows = re.findall(r"\(2, 128\) +([0-9a-f]{8})", printed(execute(path)[0]))
+    assert len(rows) == 4
+    assert rows[0] == rows[1] != rows[2] == rows[3]
+
+
+@each
+def test_the_model_learned(path, execute):
+    text = printed(execute(path)[0])
+    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+) in", text).groups()
+    assert float(last) < float(first) - 0.5
+
+
+@each
+def test_resume_after_sigkill_is_exact(path, execute):
+    text = printed(execute(path)[0])
+    assert "died" in text  # Ray saw the worker go
+    assert number("of the two loss curves:", text) == 0
+    same, of = re.search(r"(\d+) of (\d+) (?:shard files|tensors)", text).groups()
+    assert same == of == {FSDP: "4", AUTOTP: "70"}[path]
+
+
+@each
+def test_tensorboard_has_one_clean_curve(path, execute):
+    (run,) = (execute(path)[1] / "runs").glob("*-accident")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, 41))
+    attempts = list((run / "tensorboard").iterdir())
+    assert len(attempts) == 2  # there were two writers
+
+
+@each
+def test_another_mesh_and_export(path, execute):
+    moved = printed(execute(path)[0]).split("on dp 4 x tp 1")[1]
+    assert number("relative difference of the losses:", moved) < 1e-5
+    assert number("largest difference of the logits:", moved) < 1e-4
+
+
+@each
+def test_summary_repeats_the_figures(path, execute):
+    text = run_notebooks.summary(execute(path)[1] / "notebooks" / path.name)
+    for what in ("preset", "loss", "parity", "resume error", "tokens/s"):
+        assert what in text
+
+
+def test_the_mistake_is_measured(execute):
+    text = printed(execute(FSDP)[0])
+    assert number(r"dp_rank +\d\.\d+ +", text) < 1e-5
+    assert number(r"world rank +\d\.\d+ +", text) > 0.1
+
+
+def test_parity_with_one_process(execute):
+    text = printed(execute(FSDP)[0])
+    assert number("difference of the losses:", text.split("another")[0]) < 1e-5
+    assert number("difference of any weight:", text) < 1e-3
+
+
+def test_bytes_measured_beside_the_formulas(execute):
+    text = printed(execute(FSDP)[0])
+    ratios = re.findall(r"^(?:dp|tp) +[\d,]+ +[\d,]+ +([\d.]+)$", text, re.MULTILINE)
+    assert len(ratios) == 2
+    assert all(0.5 < float(ratio) < 1.5 for ratio in ratios)
+
+
+def test_autotp_replaced_every_matrix(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert len(re.findall(r"LinearLayer \(", text)) == 5
+    assert len(re.findall(r"LinearAllreduce \(", text)) == 2
+    assert "VocabParallelEmbedding (1024, 192)" in text
+    assert "sharded by the model's tp_plan; vocabulary sharded" in text
+
+
+def test_wrong_rows_are_seen_only_at_first(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert "wrong rows in forward 1: Data inconsistency" in text
+    assert "wrong rows in forward 2: accepted" in text
+    right, wrong = re.search(r"loss ([\d.]+), read wrongly ([\d.]+)", text).groups()
+    assert abs(float(right) - float(wrong)) > 1e-4
+
+
+def test_a_fused_model_is_sharded_by_own_rules(execute):
+    text = printed(execute(AUTOTP)[0])
+    assert len(re.findall(r"try the shape \[\[192, 96, 96\], -1\]", text)) == 2
+    assert number("in one process [\\d.]+: error", text) < 1e-5
+
+
+def test_every_zero_stage_equals_one_process(execute):
+    text = printed(execute(AUTOTP)[0])
+    errors = re.findall(r"ZeRO \d x tp 2: largest relative difference (\S+)", text)
+    assert len(errors) == 4
+    assert all(float(error) < 1e-5 for error in errors)
+
+
+def test_zero_bytes_fall_and_follow_the_formulas(execute):
+    text = printed(execute(AUTOTP)[0]).replace(",", "")
+    line = r"^tp (\d) x dp (\d) +(\d) +(\d+) +(\d+) +(\d+) +(\d+)"
+    rows = [list(map(int, row)) for row in re.findall(line + "$", text, re.MULTILINE)]
+    assert len(rows) == 8
+    for mesh in (rows[:4], rows[4:]):
+        sums = [row[-1] for row in mesh]
+        assert sums == sorted(sums, reverse=True)
+        assert len(set(sums)) == 4
+    rows = re.findall(line + r" +(\d+)$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for *_, dp, dp_said, tp, tp_said, _ in (map(int, row) for row in rows):
+        assert dp == pytest.approx(dp_said, rel=1e-3)
+        assert tp_said <= tp <= 1.2 * tp_said
+
+
+def test_both_engines_train_the_same(execute):
+    text = printed(execute(AUTOTP)[0]).split("on dp 4 x tp 1")[0]
+    assert number("relative difference of the losses:", text) < 1e-5
+
+
+class Images(HTMLParser):
+    """Sources and alt texts of a page's images, and addresses of its scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.scripts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "img":
+            self.images.append((attrs["src"], attrs.get("alt", "")))
+        if tag in ("script", "link") and (attrs.get("src") or attrs.get("href")):
+            self.scripts.append(attrs.get("src") or attrs.get("href"))
+
+
+@each
+def test_renders_with_every_image_in_place(path, execute):
+    build = execute(path)[1]
+    html, markdown = run_notebooks.render(build / "notebooks" / path.name, build)
+    page = Images()
+    page.feed(html.read_text())
+    files = [src for src, _ in page.images if not src.startswith("data:")]
+    assert len(files) == {FSDP: 4, AUTOTP: 3}[path]  # the figures
+    assert len(page.images) >= len(files) + 3  # and the plots
+    assert all((html.parent / src).is_file() for src in files)
+    assert all(len(alt) > 20 for src, alt in page.images if src in files)
+    assert page.scripts == []  # complete without a network
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown.read_text())
+    assert len(links) == len(page.images)
+    assert all((markdown.parent / link).is_file() for link in links)
+
+
+def test_unknown_parameter_is_rejected(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="try TP_SIZE"):
+        run_notebooks.execute(FSDP, tmp_path, {"TP_SIZ": 4})
+
+
+def test_parameters_by_hand_are_not_checked():
+    own = "PRESET = 'auto'\nTP_SIZE = 2"
+    notebook.check_parameters([own, "x = 1"])  # a reader's own variable
+    notebook.check_parameters([own, "# Parameters\nTP_SIZE = 4"])
+    with pytest.raises(ConfigError, match="parameter DP_SIZ must be one of"):
+        notebook.check_parameters([own, "# Parameters\nDP_SIZ = 4"])
+
+
+@each
+def test_history_is_in_the_last_checkpoint(path, execute):
+    (run,) = (execute(path)[1] / "runs").glob("*-accident")
+    state = json.loads((run / "checkpoint-000040" / "trainer_state.json").read_text())
+    assert [record["step"] for record in state["history"]] == list(range(1, 41))
+    assert state["position"] == 40 * 8
+
+
+@each
+def test_the_command_line_gives_the_same_losses(path, execute, tmp_path):
+    """The configuration that a notebook's run kept, given to the command."""
+    runs = execute(path)[1] / "runs"
+    (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
+        p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
+    }
+    script = {FSDP: "train_fsdp.py", AUTOTP: "train_deepspeed.py"}[path]
+    command = [sys.executable, str(ROOT / script), "--run_name", "again"]
+    command += ["--config", str(runs / name / "config.yaml")]
+    run = subprocess.run([*command, "--storage_path", str(tmp_path)], timeout=200)
+    assert run.returncode == 0
+    states = [
+        json.loads((folder / "checkpoint-000040" / "trainer_state.json").read_text())
+        for folder in (runs / name, tmp_path / "again")
+    ]
+    figures = [
+        [(record["loss"], record["grad_norm"]) for record in state["history"]]
+        for state in states
+    ]
+    assert len(figures[0]) == 40
+    assert figures[0] == figures[1]

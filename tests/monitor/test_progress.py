@@ -1,0 +1,60 @@
+"""What a person sees while a run goes on, on a terminal and in a file."""
+
+import os
+import pty
+import subprocess
+import sys
+
+from tp2d_lib.monitor import progress
+
+SHOW = """
+from tp2d_lib.monitor import progress
+show = progress.display_on_terminal()
+for step in (10, 20, 100_000):
+    record = {"step": step, "step_time": 0.5, "loss": 2.5, "tokens_per_second": 1e6}
+    show(progress.line(record, 100_000), done=step == 100_000)
+"""
+
+
+def test_a_line_tells_loss_speed_and_time_left():
+    record = {"step": 10, "step_time": 2.0, "loss": 2.5, "tokens_per_second": 1234.4}
+    said = progress.line(record | {"mfu": 0.41}, 2000)
+    assert said == (
+        "[..........] step 10/2000  loss 2.500  1,234 tokens/s  1:06:20 left  MFU 41%"
+    )
+
+
+def test_one_line_on_a_terminal_however_narrow():
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "60"}
+    subprocess.run([sys.executable, "-c", SHOW], stdout=theirs, env=environment)
+    os.close(theirs)
+    text = os.read(ours, 10_000).decode()
+    os.close(ours)
+    first, *others = text.rstrip("\r\n").split("\r\x1b[K")[1:]
+    assert "\n" not in text.rstrip("\r\n")
+    assert first.startswith("[..........] step 10/100000  loss 2.500")
+    assert max(map(len, (first, *others))) == 59
+    assert len(others) == 2
+
+
+def test_plain_lines_in_a_file():
+    run = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert [line.split()[2] for line in lines] == [
+        "10/100000",
+        "20/100000",
+        "100000/100000",
+    ]
+    assert "\r" not in run.stdout
+
+
+def test_all_ranks_get_the_same_last_step():
+    """Whoever asks first or last: no rank stops at a step that another has passed."""
+    actor = progress.ProgressActor()
+    assert not any(actor.is_last(step) for step in (1, 1, 2))  # one rank is late
+    actor.stop()
+    assert not actor.is_last(2)
+    assert [actor.is_last(3), actor.is_last(3)] == [True, True]
+    actor.stop()  # again changes nothing
+    assert actor.is_last(3)

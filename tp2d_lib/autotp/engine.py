@@ -1,0 +1,236 @@
+"""The DeepSpeed engine: AutoTP tensor parallelism with ZeRO data parallelism."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tp2d_lib import model as models
+from tp2d_lib.autotp import partition, rules, universal
+from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
+from tp2d_lib.autotp.preflight import check_precision
+from tp2d_lib.autotp.zero import deepspeed_config, shards_vocabulary
+from tp2d_lib.checkpoint import rng
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import build_dataloader, valid_tokens
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.model import weights
+from tp2d_lib.model.guards import (
+    check_replicated_gradients,
+    check_same_function,
+    probe,
+)
+
+TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
+LAYOUT_FILE = "layout.json"
+
+
+def train_step(
+    engine: AutoTPEngine, batch: list[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over the micro-batches of a global batch.
+
+    Returns the loss, a mean over the valid tokens of the global batch, and the gradient
+    norm before clipping: 0-d tensors, the same on every rank.
+    """
+    dp, wrapped = engine.mesh["dp"], engine.wrapped
+    valid = valid_tokens(batch).to(engine.device)
+    dist.all_reduce(valid, group=dp.get_group())  # over the global batch
+    total = torch.zeros((), device=engine.device)
+    for micro in batch:
+        loss = forward(engine, micro, valid)
+        total += loss.detach()
+        # DeepSpeed averages over dp and micro-batches; the sum is wanted.
+        wrapped.backward(loss * dp.size() * len(batch))
+        if wrapped.is_gradient_accumulation_boundary():
+            engine.check_first_gradients()
+            norm = plain_grad_norm(engine)
+        wrapped.step()  # clips and updates after the last micro-batch
+    dist.all_reduce(total, group=dp.get_group())
+    if norm is None:
+        norm = torch.as_tensor(wrapped.get_global_grad_norm())
+    return total, norm
+
+
+def forward(
+    engine: AutoTPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
+    return engine.wrapped(
+        input_ids=micro["input_ids"].to(engine.device, non_blocking=True),
+        labels=micro["labels"].to(engine.device, non_blocking=True),
+        use_cache=False,
+        num_items_in_batch=valid,
+    ).loss
+
+
+def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
+    """The norm at stage 0 in float32, where DeepSpeed clips but returns no norm."""
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        return None
+    parts = torch.zeros(2, device=engine.device)  # sharded over tp, replicated
+    for parameter in engine.model.parameters():
+        parts[0 if is_sharded(parameter) else 1] += parameter.grad.square().sum()
+    dist.all_reduce(parts[0], group=engine.mesh.get_group("tp"))
+    return parts.sum().sqrt()
+
+
+def load_full_model(config: TrainConfig) -> PreTrainedModel:
+    """The full model in float32, which AutoTP shards in place."""
+    return AutoModelForCausalLM.from_pretrained(
+        weights.model_directory(config), dtype=torch.float32
+    ).train()
+
+
+def build_engine(
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    deepspeed_config: Callable = deepspeed_config,
+    train_step: Callable = train_step,
+    load: Callable = load_full_model,
+) -> AutoTPEngine:
+    """Load the model on every rank and let DeepSpeed shard it.
+
+    A process keeps the first mesh it was given: DeepSpeed holds it globally. A notebook
+    passes its own ``deepspeed_config`` and ``train_step``, a dry run an empty model.
+    """
+    own_rules = rules.read(config.partition_config)
+    config = replace(config, device=mesh.device_type, partition_config=own_rules)
+    check_precision(config)  # for a caller who did not check in the driver
+    # Equal dropout on all tp ranks: the residual stream is replicated over them.
+    torch.manual_seed(config.seed + mesh["dp"].get_local_rank())
+    init_deepspeed(mesh)
+    model = load(config)
+    source = partition.check(model, config)
+    description = partition.describe(source, config)
+    expected = None if source == partition.PUBLISHED else probe(model)
+    if shards_vocabulary(config):
+        shard_untied_embedding(model, mesh)
+    if config.activation_checkpointing:
+        models.checkpoint_activations(model)
+    wrapped, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config),
+        config=deepspeed_config(config),
+    )
+    set_local_heads(wrapped.module, config.tp_size)
+    if expected is not None:
+        half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
+        allowed = 2e-2 if half else 1e-6
+        check_same_function(expected, probe(wrapped), allowed, description)
+    if config.compile:
+        models.compile_blocks(wrapped.module)
+    return AutoTPEngine(wrapped, mesh, config, train_step, description)
+
+
+def init_deepspeed(mesh: DeviceMesh) -> None:
+    """Let DeepSpeed use the existing process group, without printing."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if mesh.device_type == "cpu":  # an optional kernel that needs a C++ compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+def build_optimizer(model: torch.nn.Module, config: TrainConfig):
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+    return kind(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+
+
+class AutoTPEngine:
+    """What the loop drives: step, save, load, export."""
+
+    def __init__(self, wrapped, mesh, config, train_step, description):
+        self.wrapped, self.mesh, self.config = wrapped, mesh, config
+        self.model, self.optimizer = wrapped.module, wrapped.optimizer
+        self.device = wrapped.device
+        self.step = partial(train_step, self)
+        self.notice = f"{models.pick_dtype(config, mesh.device_type)[1]}; {description}"
+        self.gradients_checked = False
+
+    def check_first_gradients(self) -> None:
+        """On the first step, compare replicated gradients across the tp ranks."""
+        if not self.gradients_checked:
+            gradients = {
+                name: safe_get_full_grad(p)
+                for name, p in self.model.named_parameters()
+                if not is_sharded(p)
+            }
+            group = self.mesh.get_group("tp")
+            self.gradients_checked = check_replicated_gradients(gradients, group)
+
+    def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a micro-batch summed over its tokens, for a validation loss."""
+        return forward(self, micro, torch.ones((), device=self.device))
+
+    def save(self, directory: str | Path) -> None:
+        """Write DeepSpeed's checkpoint and this rank's generators; every rank calls."""
+        directory = Path(directory)
+        self.wrapped.save_checkpoint(str(directory), tag=TAG)
+        if self.mesh["tp"].get_local_rank() == 0:  # the other tp ranks have the same
+            torch.save(rng.states(self.device), directory / self.rng_file())
+        if dist.get_rank() == 0:
+            (directory / LAYOUT_FILE).write_text(
+                json.dumps(universal.layout(self.config))
+            )
+        dist.barrier()
+
+    def load(self, directory: str | Path) -> None:
+        """Read them back, also on another mesh; every rank calls."""
+        directory = Path(directory)
+        stored = json.loads((directory / LAYOUT_FILE).read_text())
+        if stored == universal.layout(self.config):
+            self.load_deepspeed(directory, TAG)
+        else:
+            universal.check(stored, self.config, directory)
+            with universal.converted(directory / TAG) as folder:
+                self.wrapped._config.load_universal_checkpoint = True  # no public way
+                self.load_deepspeed(folder, universal.TAG)
+                self.wrapped._config.load_universal_checkpoint = False
+        own = directory / self.rng_file()
+        if own.exists():  # else there were fewer dp ranks
+            rng.restore(torch.load(own, weights_only=True))
+
+    def rng_file(self) -> str:
+        return f"rng-{self.mesh['dp'].get_local_rank()}.pt"
+
+    def load_deepspeed(self, directory: Path, tag: str) -> None:
+        path, _ = self.wrapped.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise FileNotFoundError(f"{directory} must hold a DeepSpeed checkpoint")
+
+    def export(self, directory: str | Path) -> None:
+        """Write plain safetensors, config and tokenizer; every rank calls.
+
+        The weights are gathered on rank 0, in the type of the model they started from.
+        """
+        if self.config.tp_size > 1 or self.config.zero_stage == 3:
+            # The public save_16bit_model gathers over dp (stage 3) but not over tp.
+            state = self.wrapped._consolidated_16bit_state_dict()
+        else:
+            state = self.model.state_dict()
+        if dist.get_rank() == 0:
+            weights.export_gathered(state, self.config, Path(directory))
+        dist.barrier()
+
+
+def train_func(config: TrainConfig) -> None:
+    """What every worker runs."""
+    from tp2d_lib import loop  # here: it needs Ray, which an engine does without
+
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = build_engine(config, mesh, deepspeed_config, train_step)
+    loader = build_dataloader(config, mesh)
+    loop.run(engine, loader, config)

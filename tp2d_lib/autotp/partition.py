@@ -1,0 +1,209 @@
+"""What DeepSpeed shards: by your rules, a preset, the model's plan or heuristics."""
+
+from __future__ import annotations
+
+import re
+
+from deepspeed.module_inject.layers import VocabParallelEmbedding
+from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
+from torch import nn
+
+from tp2d_lib.config import TrainConfig, closest
+from tp2d_lib.model import PlanError
+
+# Their fused weights keep a head's query, key and value together: plain columns.
+INTERLEAVED = ("bloom", "falcon", "gpt_neox")
+PUBLISHED = "the model's tp_plan"  # the one source that is not the user's doing
+
+
+def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]:
+    """The source of the sharding rules, and the rules; None: DeepSpeed's heuristics.
+
+    The order is DeepSpeed's: your own rules and presets, then the model's plan, then
+    heuristics on module names.
+
+    Raises:
+        PlanError: the model's plan uses a style that DeepSpeed does not know.
+    """
+    own, preset = config.partition_config, config.tp_preset
+    if own or preset:
+        chosen = TPTrainingConfig(partition_config=own, preset_model=preset)
+        rules = chosen.get_partition_config_object().layer_specs
+        if own is None:
+            return f"tp_preset={preset!r}", rules
+        if preset and own.get("use_default_specs", True):
+            return f"partition_config on top of tp_preset={preset!r}", rules
+        return "partition_config", rules
+    if not model.tp_plan:
+        return "DeepSpeed's heuristics", None
+    try:
+        return PUBLISHED, TPPlanConverter.convert(model.tp_plan)
+    except ValueError as error:
+        styles = ", ".join(sorted(set(model.tp_plan.values())))
+        raise PlanError(
+            f"the tp_plan of {type(model).__name__} must use styles that DeepSpeed "
+            f"knows, but has {styles}; try a tp_preset, or rules of your own in "
+            "partition_config"
+        ) from error
+
+
+def describe(source: str, config: TrainConfig) -> str:
+    """The log line: where the plan comes from, how the vocabulary is kept."""
+    if config.tp_size == 1:
+        return "tp_size=1: nothing is sharded over tp"
+    vocabulary = "sharded" if config.vocab_parallel_lm_head else "replicated"
+    return f"sharded by {source}; vocabulary {vocabulary}"
+
+
+def check(model: nn.Module, config: TrainConfig) -> str:
+    """Find, on an empty model, rules that match nothing or shard half of a pair.
+
+    Returns:
+        The source of the rules; at tp_size 1 there is nothing to shard.
+
+    Raises:
+        PlanError: names the rule or the module.
+    """
+    if config.tp_size == 1:
+        return PUBLISHED
+    source, rules = find_rules(model, config)
+    if config.vocab_parallel_lm_head:
+        check_vocabulary_can_be_sharded(model)
+    if rules is None:
+        return source
+    weights = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+    if source != PUBLISHED:  # which may name parts of larger siblings
+        check_every_rule_matches(source, rules, weights)
+    found = match(rules, weights, model.config.model_type)
+    check_vocabulary(source, found, model, config)
+    blocks: dict[str, dict] = {}
+    for weight, module in weights.items():
+        if (
+            isinstance(module, nn.Linear)
+            and module is not model.get_output_embeddings()
+        ):
+            parent, _, name = weight.removesuffix(".weight").rpartition(".")
+            blocks.setdefault(parent, {})[name] = (found.get(weight), module)
+    if not any(
+        is_sharded(rule) for block in blocks.values() for rule, _ in block.values()
+    ):
+        raise PlanError(f"{source} must shard at least one layer, but shards none")
+    for name, block in blocks.items():
+        check_block(source, name, block, model.config)
+    return source
+
+
+def check_vocabulary_can_be_sharded(model: nn.Module) -> None:
+    """DeepSpeed only replaces plain embeddings and heads, and the usual loss."""
+    try:
+        VocabParallelEmbedding.validate_embedding(model.get_input_embeddings())
+        validate_vocab_parallel_loss(model)
+    except (ValueError, NotImplementedError) as error:
+        raise PlanError(
+            f"vocab_parallel_lm_head=True cannot be combined with "
+            f"{type(model).__name__} ({error}); try vocab_parallel_lm_head=False"
+        ) from error
+
+
+def check_every_rule_matches(source: str, rules: list, weights: dict) -> None:
+    for rule in rules:
+        for pattern in rule.patterns:
+            if not any(re.match(pattern, weight) for weight in weights):
+                near = closest(pattern, list(weights))
+                raise PlanError(
+                    f"{source}: the pattern {pattern!r} must match the name of a "
+                    f"weight, but matches none; a name of the model is {near!r}"
+                )
+
+
+def match(rules: list, weights: dict, model_type: str) -> dict:
+    """Weight name -> the first rule that matches it, as DeepSpeed chooses."""
+    found = {}
+    for weight in weights:
+        rule = next((rule for rule in rules if rule.matches(weight, model_type)), None)
+        if rule is not None:
+            found[weight] = rule
+    return found
+
+
+def check_vocabulary(source: str, found: dict, model: nn.Module, config: TrainConfig):
+    """Embedding and head are sharded together, by ``vocab_parallel_lm_head``."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        rule = found.get(f"{name}.weight")
+        if module is embedding and is_sharded(rule):
+            raise PlanError(
+                f"{source} must not shard {name!r}; vocab_parallel_lm_head=True shards "
+                "it over the vocabulary"
+            )
+        local = module is head and is_sharded(rule) and not is_row(rule)
+        if local and not (config.vocab_parallel_lm_head or rule.gather_output):
+            raise PlanError(
+                f"{source} must gather the output of {name!r}, or the loss would see a "
+                "shard of the vocabulary; try gather_output=true, or "
+                "vocab_parallel_lm_head=True"
+            )
+
+
+def check_block(source: str, name: str, block: dict, hf) -> None:
+    """In a sharded block, columns feed rows and every Linear takes part."""
+    sharded = {n: rule for n, (rule, _) in block.items() if is_sharded(rule)}
+    if not sharded:
+        return
+    replicated = [n for n, (rule, _) in block.items() if rule is None]
+    rows = [n for n, rule in sharded.items() if is_row(rule)]
+    for kind, missing in (("row", not rows), ("column", len(rows) == len(sharded))):
+        if missing:
+            raise PlanError(
+                f"{source} must shard {name!r} by columns and by rows, but leaves out "
+                f"the {kind} half of {', '.join(sharded)}; try a rule with "
+                f"partition_type {kind!r} for {', '.join(replicated) or 'one of them'}"
+            )
+    if replicated:
+        raise PlanError(
+            f"{source} must shard every Linear of {name!r} or none, but leaves "
+            f"{', '.join(replicated)} replicated beside {', '.join(sharded)}"
+        )
+    if hf.model_type in INTERLEAVED:
+        return
+    into = block[rows[0]][1].in_features
+    for n in sharded:
+        columns = block[n][1].out_features
+        parts = parts_of(columns, sharded[n])
+        wanted = fused_parts(name, into, hf)
+        if n not in rows and columns == sum(wanted) and parts != wanted:
+            raise PlanError(
+                f"{source} must shard '{name}.{n}' as the {len(wanted)} weights fused "
+                f"in it, {wanted}, not as {parts}; try the shape {[wanted, -1]}"
+            )
+
+
+def parts_of(columns: int, rule) -> list[int]:
+    """Columns of each of the weights that a rule takes a fused weight for."""
+    if sizes := rule.get_sub_param_sizes():
+        return list(sizes)
+    count = rule.get_num_sub_params() or 1
+    return [columns // count] * count
+
+
+def fused_parts(name: str, into: int, hf) -> list[int]:
+    """Columns of query, key, value in attention, or of gate and up in an MLP."""
+    if "att" not in name:
+        return [into, into]
+    head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    keys = head * (getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads)
+    return [into, keys, keys]
+
+
+def is_sharded(rule) -> bool:
+    return rule is not None and rule.partition_type.value != "skip"
+
+
+def is_row(rule) -> bool:
+    return rule.partition_type.value == "row"

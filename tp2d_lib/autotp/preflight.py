@@ -1,0 +1,73 @@
+"""What the DeepSpeed engine can train, found out in the driver."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from tp2d_lib import model as models
+from tp2d_lib.autotp import partition, rules
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model import device_type, pick_dtype
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Find in the driver, before any worker starts, what cannot be trained.
+
+    Args:
+        config: with the device that the run will have.
+
+    Returns:
+        The configuration for the workers, with the rules of ``partition_config`` read
+        from their file.
+
+    Raises:
+        ConfigError: a value that the model, the data, the storage or the hardware does
+            not allow, or a precision that the ZeRO stage does not.
+        PlanError: rules that match nothing, or shard half of a pair.
+    """
+    from tp2d_lib import preflight  # here: it needs Ray, which an engine does without
+
+    config = replace(config, partition_config=rules.read(config.partition_config))
+    check_precision(config)
+    preflight.check(config)
+    if config.tp_size > 1:
+        partition.check(models.build_empty_model(config), config)
+    return config
+
+
+def check_precision(config: TrainConfig) -> None:
+    """Refuse what DeepSpeed would compute wrongly, or not at all.
+
+    Raises:
+        ConfigError: a precision that the ZeRO stage or the hardware does not allow.
+    """
+    for name in ("autocast", "async_checkpoint"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}=True must be left to FSDP2; try {name}=False")
+    where = device_type(config)
+    dtype, _ = pick_dtype(config, where)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if config.zero_stage == 0 and half and config.tp_size > 1:
+        # DeepSpeed 0.19.8 takes a tp rank's share of the norm for the global norm.
+        raise ConfigError(
+            f"zero_stage=0 cannot be combined with {config.dtype} and "
+            f"tp_size={config.tp_size}, because DeepSpeed then clips to a wrong "
+            "gradient norm; try zero_stage=1"
+        )
+    if config.bf16_master_weights and (
+        dtype != torch.bfloat16 or config.zero_stage == 0
+    ):
+        raise ConfigError(
+            f"bf16_master_weights=True must go with bfloat16 and ZeRO 1 to 3, not with "
+            f"{dtype} and zero_stage={config.zero_stage}; try dtype='bfloat16' and "
+            "zero_stage=1"
+        )
+    on_cpu = dtype == torch.float16 and where == "cpu"
+    if on_cpu and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            "dtype='float16' must run on a GPU, or a CPU that computes in float16; "
+            "try dtype='bfloat16'"
+        )

@@ -1,0 +1,103 @@
+"""DeepSpeed checkpoints on another mesh, by Universal Checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.constants import PARAM
+
+from tp2d_lib.config import ConfigError, TrainConfig
+
+TAG = "universal"  # the folder of the converted files
+LAYOUT = ("tp_size", "dp_size", "zero_stage")
+PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
+
+
+def layout(config: TrainConfig) -> dict:
+    """What determines the layout of DeepSpeed's files; another one needs converting."""
+    names = LAYOUT + (PLAN if config.tp_size > 1 else ())
+    return {name: getattr(config, name) for name in names}
+
+
+def check(stored: dict, config: TrainConfig, directory: Path) -> None:
+    """Universal Checkpoint converts AdamW's state, written by ZeRO 1 and 2, or by 3.
+
+    Raises:
+        ConfigError: a setting that it does not convert.
+    """
+    before, now = stored["zero_stage"], config.zero_stage
+    wrote = ", ".join(f"{name}={stored[name]}" for name in LAYOUT)
+    if config.optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer={config.optimizer!r} must be 'adamw' to load {directory} in "
+            f"another layout than its own, {wrote}"
+        )
+    if not before or not now or (before == 3) != (now == 3):
+        raise ConfigError(
+            f"zero_stage={now} cannot load {directory}, written with {wrote}: "
+            "Universal Checkpoint converts among stages 1 and 2, and 3 to 3; "
+            f"try zero_stage={before} on the same mesh"
+        )
+
+
+class ConversionError(RuntimeError):
+    """DeepSpeed's converter could not read a checkpoint."""
+
+
+@contextmanager
+def converted(checkpoint: Path) -> Iterator[Path]:
+    """A folder with the converted checkpoint, made once per node; every rank calls.
+
+    It lies in the node's temporary folder (``TMPDIR``) and takes 12 bytes a parameter.
+
+    Args:
+        checkpoint: the folder with DeepSpeed's own files.
+
+    Raises:
+        ConversionError: with the converter's last line.
+    """
+    node, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
+    folder = tempfile.mkdtemp(prefix="tp2d-universal-") if first else None
+    error = convert(checkpoint, Path(folder) / TAG) if first else None
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (node, folder, error))
+    try:
+        if errors := [error for _, _, error in answers if error]:
+            raise ConversionError(f"{checkpoint} must be convertible: {errors[0]}")
+        yield next(Path(f) for n, f, _ in answers if n == node and f)
+        dist.barrier()  # others may still be reading
+    finally:
+        if folder:
+            shutil.rmtree(folder)
+
+
+def convert(source: Path, target: Path) -> str | None:
+    """Run DeepSpeed's converter; returns its last line when it fails."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(source), "--output_folder", str(target)),
+            "--inject_missing_state",  # a checkpoint without tp records less
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+        for path in target.glob(f"zero/*/{kind}.pt"):
+            # Without tp, ZeRO 3 writes bare tensors, which its loader would not split.
+            value = torch.load(path, weights_only=False)
+            if isinstance(value, torch.Tensor):
+                torch.save({PARAM: value}, path)
+    return None

@@ -1,0 +1,49 @@
+"""DeepSpeed's configuration: ZeRO stage, precision, what is sharded."""
+
+from __future__ import annotations
+
+import torch
+
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import device_type, pick_dtype
+
+
+def deepspeed_config(config: TrainConfig) -> dict:
+    """The dictionary that DeepSpeed reads, complete."""
+    where = device_type(config)
+    on_gpu = where == "cuda"  # CPUs have no second stream to overlap with
+    dtype, _ = pick_dtype(config, where)
+    masters = config.zero_stage > 0 and not config.bf16_master_weights
+    accumulate = "fp32" if dtype == torch.bfloat16 and masters else None
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size_per_gpu,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "tensor_parallel": {
+            "autotp_size": config.tp_size,
+            "preset_model": config.tp_preset,
+            "partition_config": config.partition_config,
+            "vocab_parallel_lm_head": shards_vocabulary(config),
+            "tp_overlap_comm": True,  # with computing the gradient of that weight
+        },
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": on_gpu,
+            "reduce_bucket_size": 50_000_000,  # its default, 5e8, is a buffer of 2 GB
+            "stage3_gather_16bit_weights_on_model_save": True,  # for export
+        },
+        "bf16": {  # fp32 masters, unless asked otherwise
+            "enabled": dtype == torch.bfloat16,
+            "bf16_master_weights_and_grads": config.bf16_master_weights,
+            "bf16_optimizer_states": config.bf16_master_weights,
+        },
+        "fp16": {"enabled": dtype == torch.float16},  # with dynamic loss scaling
+        "communication_data_type": "fp32",  # gradients; by default as computed
+        "data_types": {"grad_accum_dtype": accumulate},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW and SGD
+        "steps_per_print": 10**9,  # the loop prints
+    }
+
+
+def shards_vocabulary(config: TrainConfig) -> bool:
+    return config.tp_size > 1 and config.vocab_parallel_lm_head

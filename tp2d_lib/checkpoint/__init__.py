@@ -1,0 +1,17 @@
+"""Checkpoints of a run: written, verified, restored."""
+
+from typing import Any
+
+from tp2d_lib.checkpoint.integrity import CheckpointError, checksums, verify
+
+WITH_RAY = ("commit", "history", "last_of", "report", "restore")
+__all__ = ["CheckpointError", "checksums", "verify", *WITH_RAY]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of ``ray_train``, imported on demand: an engine does without Ray."""
+    if name not in WITH_RAY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tp2d_lib.checkpoint import ray_train
+
+    return getattr(ray_train, name)

@@ -1,0 +1,56 @@
+"""A run's folder, on a disk that all nodes share or in a remote store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyarrow.fs import FileSystem
+
+from tp2d_lib.checkpoint.integrity import STATE_FILE
+from tp2d_lib.config import ConfigError, TrainConfig
+
+
+def has(folder: str, name: str) -> bool:
+    """Whether a folder, local or remote, has this file."""
+    files, path = FileSystem.from_uri(folder)
+    return files.get_file_info(f"{path}/{name}").is_file
+
+
+def write(config: TrainConfig, name: str, content: bytes) -> None:
+    """Write a file into the run's folder; ``name`` may contain folders."""
+    files, storage = FileSystem.from_uri(config.storage_path)
+    path = f"{storage}/{config.run_name}/{name}"
+    files.create_dir(str(Path(path).parent))
+    # Left to itself, Arrow compresses what is called .gz once more.
+    with files.open_output_stream(path, compression=None) as file:
+        file.write(content)
+
+
+def check(config: TrainConfig) -> None:
+    """Find in the driver what workers could not read or write.
+
+    Raises:
+        ConfigError: a folder cannot be written, or the checkpoint to start from is not
+            there.
+    """
+    for name in ("storage_path", "cache_dir", "export_to"):
+        path = getattr(config, name)
+        if path is not None and "://" not in path:
+            check_writable(name, path)
+    path = config.resume_from_checkpoint
+    if path is not None and not has(path, STATE_FILE):
+        raise ConfigError(
+            f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
+            f"but has no {STATE_FILE}; try a folder such as run/checkpoint-000100"
+        )
+
+
+def check_writable(name: str, path: str) -> None:
+    """A folder can be made there, or is there and can be written."""
+    home = next(p for p in (path, *map(str, Path(path).parents)) if os.path.exists(p))
+    if not (os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"{name}={path!r} must be a folder that can be written, but {home!r} "
+            f"cannot; try {name}='/tmp/tp2d'"
+        )

@@ -1,0 +1,198 @@
+"""A dry run: one rank's training step, executed without memory, ranks or weights."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# Both are documented under these names, and have no public ones.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tp2d_lib import data, mesh
+from tp2d_lib import model as models
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.cost import comm, memory
+
+HELD = ("parameters", "gradients", "optimizer", "activations")
+CAUSAL = "tp2d_causal"  # attention without a mask, or a fake one would be built
+
+
+def predict(engine: str, config: TrainConfig) -> dict[str, int]:
+    """What rank 0, which holds the largest share, will hold and send in a step.
+
+    The engine's own code takes one step on fake tensors, which have a shape but no
+    memory, in a fake process group, which sends nothing; in a process of its own, so
+    that nothing of this is left behind.
+
+    Args:
+        engine: the module with the engine, "fsdp" or "autotp".
+        config: ``device`` must be decided, because it decides the compute type.
+
+    Returns:
+        Bytes of ``parameters``, ``gradients``, ``optimizer`` and ``activations``; bytes
+        sent over ``tp`` and ``dp``; ``model``, the number of weights in the model.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(simulate, engine, config).result()
+
+
+def report(
+    config: TrainConfig, predicted: dict[str, int], rows: data.BatchLoader
+) -> str:
+    """The page a dry run prints: mesh, memory, traffic, data, steps."""
+    ranks = mesh.layout(config.dp_size, config.tp_size)
+    columns = "".join(f"{f'tp {tp}':>7}" for tp in range(config.tp_size))
+    lines = [f"{len(ranks.flatten())} ranks on {config.device}", " " * 7 + columns]
+    for dp, row in enumerate(ranks.tolist()):
+        lines.append(f"{f'dp {dp}':>7}" + "".join(f"{rank:>7}" for rank in row))
+    held = {name: predicted[name] for name in HELD}
+    tokens = config.batch_size_per_gpu * config.seq_length
+    steps = rows.steps_left
+    return "\n".join(
+        [
+            *lines,
+            f"parameters in the model: {predicted['model']:,}",
+            "one rank holds at most",
+            *(f"  {name:<12}{size(count):>10}" for name, count in held.items()),
+            f"  {'together':<12}{size(sum(held.values())):>10}",
+            f"  activations of a micro-batch of {tokens:,} tokens; not counted: "
+            "gathered weights, communication buffers, the allocator's reserve",
+            f"one rank sends in a step {size(predicted['tp'])} over tp and "
+            f"{size(predicted['dp'])} over dp",
+            f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
+            f"{int(rows.lengths.sum()):,} of them real",
+            f"{steps:,} steps of {config.global_batch_size} rows, "
+            f"{steps * config.global_batch_size / len(rows.rows):.2f} epochs",
+            *held_out(config),
+        ]
+    )
+
+
+def held_out(config: TrainConfig) -> list[str]:
+    if not config.eval_every:
+        return []
+    rows = len(np.load(Path(config.prepared_eval_data) / "lengths.npy"))
+    return [f"{rows:,} held-out rows, every {config.eval_every} steps"]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them, such as 1.5 GB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
+
+
+def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
+    world_size = config.tp_size * config.dp_size
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
+    warnings.filterwarnings("ignore")
+
+    dist.init_process_group("fake", rank=0, world_size=world_size)
+    dtype, _ = models.pick_dtype(config, config.device)
+    dtype = str(dtype).removeprefix("torch.")
+    config = replace(config, device="cpu", dtype=dtype, compile=False)
+    grid = mesh.build_mesh(config.dp_size, config.tp_size, "cpu")
+    with ExitStack() as stack:
+        build, rank_bytes = {
+            "fsdp": (fake_fsdp, memory.fsdp_rank_bytes),
+            "autotp": (fake_autotp, memory.autotp_rank_bytes),
+        }[engine]
+        built = build(config, grid, stack)
+        if built.model.config._attn_implementation == "sdpa":
+            attend_without_mask(built.model)
+        built.gradients_checked = True  # its collective belongs to the first step
+        shape = (config.batch_size_per_gpu, config.seq_length)
+        micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        batch = [micro | {"labels": micro["input_ids"]}]
+        batch *= config.gradient_accumulation_steps
+        sent = stack.enter_context(comm.CommBytes(grid))
+        kept = stack.enter_context(memory.Activations(built.model))
+        held = rank_bytes(built, batch)
+    full = models.build_empty_model(config)
+    return held | {
+        "activations": kept.bytes,
+        "tp": sent.sent("tp"),
+        "dp": sent.sent("dp"),
+        "model": sum(parameter.numel() for parameter in full.parameters()),
+    }
+
+
+def fake_fsdp(config: TrainConfig, grid, stack: ExitStack):
+    from tp2d_lib import fsdp  # here, as the next: only the engine that is used
+
+    def load(model, config, device):
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model.to_empty(device=device)
+
+    return fsdp.build_engine(config, grid, load=load)
+
+
+def fake_autotp(config: TrainConfig, grid, stack: ExitStack):
+    from tp2d_lib import autotp
+    from tp2d_lib.autotp.engine import init_deepspeed
+
+    init_deepspeed(grid)
+    patch_deepspeed(config)
+
+    def load(config):
+        model = models.build_empty_model(
+            replace(config, activation_checkpointing=False)
+        )
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(FakeNumbers())
+        model.to_empty(device="cpu").tie_weights()
+        model.to = lambda *_, **__: model  # fake weights cannot be replaced
+        return model
+
+    built = autotp.build_engine(config, grid, load=load)
+    if config.tp_size > 1:  # it compares the content of the tp ranks' inputs
+        built.wrapped.first_dataloader_check.remove()
+    return built
+
+
+def patch_deepspeed(config: TrainConfig) -> None:
+    """Give DeepSpeed what its ranks would send each other, in this process only."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import utils
+    from deepspeed.sequence import cross_entropy
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(config.tp_size)  # real numbers: before the fake mode
+    get_accelerator().is_fp16_supported = lambda: True  # the GPUs' answer
+    utils.assert_lst_len_same_as_other_ranks = lambda numbers: None
+    utils.get_lst_from_rank0 = lambda numbers: numbers
+    vocabulary = models.load_model_config(config).vocab_size
+    cross_entropy._resolve_vocab_metadata = lambda size, *_: (0, size, vocabulary)
+
+
+class FakeNumbers(TorchDispatchMode):
+    """What ``item`` of a fake tensor returns: 0, so that no check fires, or 1.0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return 1.0 if kind.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+def attend_without_mask(model) -> None:
+    """Attention as in a real run, which finds that its mask would be just causal."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
+    model.set_attn_implementation(CAUSAL)

@@ -1,0 +1,120 @@
+"""Documents: from a dataset's files to one list of token ids each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+
+
+def load_tokenizer(config: TrainConfig):
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it has no end token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model_name, revision=config.model_revision
+    )
+    if not tokenizer("word")["input_ids"]:  # what transformers makes of no files
+        raise ConfigError(
+            f"model_name={config.model_name!r} must hold its tokenizer's files, such "
+            "as tokenizer.json; write them there with the tokenizer's save_pretrained"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model_name={config.model_name!r} must have a tokenizer with an end "
+            "token; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_builder(config: TrainConfig):
+    """The dataset's builder, which knows the dataset before a row is read."""
+    from datasets import load_dataset_builder  # here: slow, and workers do without
+
+    try:
+        return load_dataset_builder(config.dataset_name, config.dataset_config)
+    except (OSError, ValueError, RuntimeError) as error:
+        where = config.dataset_name
+        if config.dataset_config:
+            where += f" ({config.dataset_config})"
+        raise ConfigError(
+            f"dataset_name={where!r} must be a folder with data files or a dataset the "
+            f"Hub knows; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def load_documents(config: TrainConfig, builder):
+    """The documents to use: the first ``dataset_percentage`` of the split."""
+    from datasets import ReadInstruction  # here: slow, and workers do without
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        builder.download_and_prepare()
+    except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
+        reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"dataset_name={config.dataset_name!r} must hold data that can be read "
+            f"({reason}); try 'Salesforce/wikitext'"
+        ) from error
+    split = config.dataset_split
+    if split not in builder.info.splits:
+        raise ConfigError(
+            f"dataset_split={split!r} must be a split of {config.dataset_name!r}, "
+            f"which has {', '.join(builder.info.splits)}; "
+            f"try {closest(split, list(builder.info.splits))!r}"
+        )
+    documents = builder.info.splits[split].num_examples
+    kept = round(documents * config.dataset_percentage / 100)
+    if kept == 0:
+        raise ConfigError(
+            f"dataset_percentage={config.dataset_percentage:g} must keep at least "
+            f"one of the {documents} documents of {config.dataset_name!r}; try 100"
+        )
+    return builder.as_dataset(split=ReadInstruction(split, to=kept, unit="abs"))
+
+
+def check_column(config: TrainConfig, documents) -> None:
+    """The text column is there and holds text."""
+    if config.text_column not in documents.column_names:
+        raise ConfigError(
+            f"text_column={config.text_column!r} must be a column of "
+            f"{config.dataset_name!r}, which has {', '.join(documents.column_names)}; "
+            f"try {closest(config.text_column, documents.column_names)!r}"
+        )
+    kind = getattr(documents.features[config.text_column], "dtype", "list")
+    if kind not in ("string", "large_string", "null"):
+        texts = [
+            name
+            for name, feature in documents.features.items()
+            if "string" in getattr(feature, "dtype", "")
+        ]
+        raise ConfigError(
+            f"text_column={config.text_column!r} must hold text, not {kind}; "
+            f"try {', '.join(map(repr, texts)) or 'another dataset'}"
+        )
+
+
+def tokenize(config: TrainConfig, tokenizer, builder, tokens_file: Path):
+    """One list of token ids per document, end token last; empty documents dropped."""
+    documents = load_documents(config, builder)
+    check_column(config, documents)
+
+    def encode(batch):
+        texts = [text for text in batch[config.text_column] if text and text.strip()]
+        ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        ids = [[*document, tokenizer.eos_token_id] for document in ids]
+        return {"input_ids": ids, "length": [len(document) for document in ids]}
+
+    workers = config.preprocessing_num_workers
+    return documents.map(
+        encode,
+        batched=True,
+        remove_columns=documents.column_names,
+        num_proc=workers if workers > 1 else None,
+        load_from_cache_file=False,  # our own fingerprint decides
+        cache_file_name=str(tokens_file),
+    )

@@ -1,0 +1,106 @@
+"""Batches of rows: by dp rank, in an order that a resume repeats exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data.rows import prepare
+
+IGNORED = -100  # label of a position that does not count, as in torch and transformers
+
+
+class BatchLoader:
+    """The batches of one dp rank, a list of micro-batches for every optimizer step.
+
+    All epochs form one stream of samples whose order depends on ``(seed, epoch)`` only.
+    A step takes the next ``global_batch_size`` samples of the stream; each dp rank gets
+    its share. ``position``, the number of samples taken so far, is all the state there
+    is: from the same position, every mesh takes the same next samples.
+
+    Raises:
+        ConfigError: the rows do not fill one global batch.
+    """
+
+    def __init__(self, config: TrainConfig, directory: Path, dp_rank: int):
+        self.rows = np.load(directory / "input_ids.npy", mmap_mode="r")
+        self.lengths = np.load(directory / "lengths.npy")
+        self.config = config
+        self.dp_rank = dp_rank
+        self.position = 0
+        samples = config.num_epochs * len(self.rows)
+        if config.max_steps is not None:
+            samples = min(samples, config.max_steps * config.global_batch_size)
+        self.total_samples = samples
+        if self.steps_left == 0:
+            raise ConfigError(
+                f"num_epochs={config.num_epochs} of {len(self.rows)} rows must fill "
+                f"one global batch of {config.global_batch_size} rows; try "
+                f"num_epochs={-(-config.global_batch_size // len(self.rows))}"
+            )
+
+    @property
+    def steps_left(self) -> int:
+        """Whole optimizer steps from here to the end of the stream."""
+        left = max(self.total_samples - self.position, 0)
+        return left // self.config.global_batch_size
+
+    def sample_ids(self, start: int, count: int) -> np.ndarray:
+        """Row numbers of samples ``start .. start + count`` of the stream."""
+        size, ids = len(self.rows), []
+        for epoch in range(start // size, (start + count - 1) // size + 1):
+            order = epoch_order(size, self.config.seed, epoch)
+            first = max(start - epoch * size, 0)
+            ids.append(order[first : start + count - epoch * size])
+        return np.concatenate(ids)
+
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        config = self.config
+        while self.steps_left:
+            ids = self.sample_ids(self.position, config.global_batch_size)
+            self.position += len(ids)
+            shares = ids.reshape(
+                config.gradient_accumulation_steps,
+                config.dp_size,
+                config.batch_size_per_gpu,
+            )
+            yield [self.micro_batch(share) for share in shares[:, self.dp_rank]]
+
+    def micro_batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        return micro_batch(self.rows[ids], self.lengths[ids])
+
+
+def micro_batch(rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels``, each (batch, seq) int64; padding is -100."""
+    input_ids = torch.from_numpy(rows.astype(np.int64))
+    padding = torch.arange(rows.shape[1]) >= torch.from_numpy(lengths).unsqueeze(1)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding, IGNORED)}
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``size`` rows that depends on (seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
+    """The loader of this rank: rows follow ``dp_rank``, so a TP group reads the same.
+
+    Args:
+        config: ``prepared_data`` names the rows; left out, they are prepared here.
+        mesh: the (dp, tp) mesh.
+    """
+    return BatchLoader(config, prepare(config), mesh["dp"].get_local_rank())
+
+
+def valid_tokens(batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Number of predicted tokens in a list of micro-batches, as a 0-d int64 tensor.
+
+    Position t predicts token t + 1, so the first label of a row predicts nothing.
+    """
+    return sum((micro["labels"][:, 1:] != IGNORED).sum() for micro in batch)

@@ -1,0 +1,231 @@
+"""The PyTorch engine: DTensor tensor parallelism inside FSDP2 data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from tp2d_lib import model as models
+from tp2d_lib.checkpoint import rng
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import build_dataloader, valid_tokens
+from tp2d_lib.fsdp.plan import parallelize
+from tp2d_lib.fsdp.preflight import check_attention, check_precision
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.model import weights
+from tp2d_lib.model.guards import check_replicated_gradients
+
+CPU = torch.device("cpu")
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":  # DTensor has no fused SGD
+        return torch.optim.SGD(model.parameters(), **options)
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
+
+
+def global_grad_norm(model: nn.Module) -> torch.Tensor:
+    """The 2-norm of the global gradient, a 0-d tensor equal on every rank.
+
+    Each rank squares the shards it holds; one that n ranks hold counts 1 / n.
+    """
+    total = 0
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        copies = 1
+        for size, placement in zip(
+            gradient.device_mesh.shape, gradient.placements, strict=True
+        ):
+            copies *= size if placement.is_replicate() else 1
+        total += gradient.to_local().square().sum() / copies
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def train_step(
+    engine: FSDPEngine, batch: list[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over the micro-batches of a global batch.
+
+    Returns the loss, a mean over the valid tokens of the global batch, and the gradient
+    norm before clipping: 0-d tensors, the same on every rank.
+    """
+    dp = engine.mesh["dp"]
+    valid = valid_tokens(batch).to(engine.device)
+    dist.all_reduce(valid, group=dp.get_group())  # over the global batch
+    loss = sum(forward_backward(engine, micro, valid) for micro in batch)
+    dist.all_reduce(loss, group=dp.get_group())
+    engine.check_first_gradients()
+    grad_norm = global_grad_norm(engine.model)
+    nn.utils.clip_grads_with_norm_(
+        engine.model.parameters(), engine.config.max_grad_norm, grad_norm
+    )
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def forward_backward(
+    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """Add one micro-batch's gradient; returns this dp rank's share of the loss."""
+    tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
+    with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
+        loss = forward(engine, micro, valid)
+        (loss * dp_size).backward()  # FSDP averages over dp; the sum is wanted
+    loss = loss.detach()
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def forward(
+    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
+    input_ids = micro["input_ids"].to(engine.device, non_blocking=True)
+    labels = micro["labels"].to(engine.device, non_blocking=True)
+    # A tp rank sees seq / tp positions, so the model cannot infer their numbers.
+    positions = torch.arange(input_ids.shape[1], device=engine.device)[None]
+    return engine.model(
+        input_ids=input_ids,
+        position_ids=positions,
+        labels=labels,
+        use_cache=False,
+        num_items_in_batch=valid,
+    ).loss
+
+
+def build_engine(
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    parallelize: Callable = parallelize,
+    train_step: Callable = train_step,
+    load: Callable = weights.load_pretrained,
+) -> FSDPEngine:
+    """Build the model empty, shard it, fill the shards from safetensors.
+
+    No rank ever holds the full model. A notebook passes its own ``parallelize`` and
+    ``train_step``; a dry run passes a ``load`` that reads nothing.
+    """
+    check_precision(config)
+    torch.manual_seed(config.seed + dist.get_rank())
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
+    dtype, _ = models.pick_dtype(config, mesh.device_type)
+    gathered = torch.float32 if config.autocast else dtype
+    model = models.build_empty_model(config)
+    check_attention(model, config)
+    model = parallelize(model, mesh, gathered)
+    load(model, config, device)
+    if config.compile:
+        models.compile_blocks(model)
+    if config.autocast:
+        model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
+    optimizer = build_optimizer(model, config)
+    return FSDPEngine(model, optimizer, mesh, config, device, train_step)
+
+
+class FSDPEngine:
+    """What the loop drives: step, save, load, export."""
+
+    def __init__(self, model, optimizer, mesh, config, device, train_step):
+        self.model, self.optimizer = model, optimizer
+        self.mesh, self.config, self.device = mesh, config, device
+        self.step = partial(train_step, self)
+        self.notice = models.pick_dtype(config, device.type)[1]
+        self.gradients_checked = False
+        self.writing: Future | None = None
+
+    def check_first_gradients(self) -> None:
+        """On the first step, compare replicated gradients across the tp ranks."""
+        if not self.gradients_checked:
+            group = self.mesh.get_group("tp")
+            self.gradients_checked = check_replicated_gradients(
+                self.replicated_gradients(), group
+            )
+
+    def replicated_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of the parameters that are replicated over tp: the norms."""
+        return {
+            name: p.grad.to_local()
+            for name, p in self.model.named_parameters()
+            if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
+        }
+
+    def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a micro-batch summed over its tokens, for a validation loss."""
+        one = torch.ones((), device=self.device)
+        with loss_parallel() if self.mesh["tp"].size() > 1 else nullcontext():
+            loss = forward(self, micro, one)
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+    def state_dict(self) -> dict:
+        return {
+            "model": weights.own_state(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            f"rng{dist.get_rank()}": rng.states(self.device),  # each rank its own
+        }
+
+    def save(self, directory: str | Path) -> Future | None:
+        """Write the shards of model, optimizer and RNG; every rank calls.
+
+        With ``async_checkpoint`` they are copied, then written while training
+        continues; the future is done when they are. One write at a time: its
+        collectives must run in the same order on all ranks.
+        """
+        if not self.config.async_checkpoint:
+            dcp.save(self.state_dict(), checkpoint_id=str(directory))
+            return None
+        if self.writing:
+            self.writing.result()
+        else:  # training must not share a group with the threads that write
+            self.writers = dist.new_group(backend="gloo")
+        self.writing = dcp.async_save(
+            self.state_dict(), checkpoint_id=str(directory), process_group=self.writers
+        )
+        return self.writing
+
+    def load(self, directory: str | Path) -> None:
+        """Read them back, on this mesh or another one; every rank calls."""
+        state = self.state_dict()
+        stored = dcp.FileSystemReader(str(directory)).read_metadata()
+        own = f"rng{dist.get_rank()}"
+        for kind in list(state[own]):
+            if f"{own}.{kind}" not in stored.state_dict_metadata:
+                del state[own][kind]  # the world was smaller, or had no GPU
+        dcp.load(state, checkpoint_id=str(directory))  # weights and generators in place
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        rng.restore(state[own])
+
+    def export(self, directory: str | Path) -> None:
+        """Write plain safetensors, config and tokenizer; every rank calls.
+
+        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights keep the type
+        of the model they started from. Each rank writes its shards; rank 0 joins them.
+        """
+        weights.export(self.model, self.config, Path(directory))
+
+
+def train_func(config: TrainConfig) -> None:
+    """What every worker runs."""
+    from tp2d_lib import loop  # here: it needs Ray, which an engine does without
+
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = build_engine(config, mesh, parallelize, train_step)
+    loader = build_dataloader(config, mesh)
+    loop.run(engine, loader, config)

@@ -1,0 +1,64 @@
+"""What the PyTorch engine can train, found out in the driver."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tp2d_lib import model as models
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.fsdp.plan import tensor_parallel_plan
+from tp2d_lib.model import PlanError, weights
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Find in the driver, before any worker starts, what cannot be trained.
+
+    Args:
+        config: with the device that the run will have.
+
+    Returns:
+        The configuration for the workers: the same.
+
+    Raises:
+        ConfigError: a value that the model, the data, the storage or the hardware does
+            not allow, or a precision that only DeepSpeed trains in.
+        PlanError: the model's plan does not cover it, or its files use other names.
+    """
+    from tp2d_lib import preflight  # here: it needs Ray, which an engine does without
+
+    check_precision(config)
+    stored = preflight.check(config)
+    model = models.build_empty_model(config)
+    check_attention(model, config)
+    if config.tp_size > 1:
+        tensor_parallel_plan(model)
+    missing = weights.own_state(model).keys() - stored
+    if missing:
+        raise PlanError(
+            f"the files of {config.model_name!r} must name weights as the model does, "
+            f"but lack {min(missing)!r}; try DeepSpeed, which loads the full model"
+        )
+    return config
+
+
+def check_attention(model: nn.Module, config: TrainConfig) -> None:
+    """With a mask, one would be built for a tp rank's share of the positions only."""
+    if config.tp_size > 1 and model.config._attn_implementation == "eager":
+        raise PlanError(
+            f"{type(model).__name__} must attend without a mask to be sharded over tp "
+            "ranks, but knows eager attention only; try tp_size=1"
+        )
+
+
+def check_precision(config: TrainConfig) -> None:
+    if config.autocast and config.dtype not in ("auto", "bfloat16"):
+        raise ConfigError(
+            f"autocast=True must go with bfloat16, not dtype={config.dtype!r}; "
+            "try dtype='auto'"
+        )
+    for name, ours in (("dtype", "bfloat16"), ("bf16_master_weights", False)):
+        if getattr(config, name) in ("float16", True):
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} must be left to DeepSpeed, which "
+                f"scales the loss and rounds the masters; try {ours!r}"
+            )

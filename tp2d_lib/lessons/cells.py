@@ -1,0 +1,89 @@
+"""Cells of both notebooks, mirrored there from here."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import BatchLoader, build_dataloader
+from tp2d_lib.mesh import build_mesh
+
+
+def who_am_i(here: SimpleNamespace) -> dict:
+    """A live rank's place in the 2x2 mesh."""
+    here.mesh = build_mesh(dp_size=2, tp_size=2, device_type="cpu")
+    dp_rank, tp_rank = here.mesh.get_coordinate()
+    return {
+        "rank": here.rank,
+        "process": os.getpid(),
+        "dp_rank": dp_rank,
+        "tp_rank": tp_rank,
+        "TP group": dist.get_process_group_ranks(here.mesh.get_group("tp")),
+        "DP group": dist.get_process_group_ranks(here.mesh.get_group("dp")),
+    }
+
+
+def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
+    """The rows a live rank reads first, as a fingerprint."""
+    loader = build_dataloader(config, here.mesh)
+    input_ids = next(iter(loader))[0]["input_ids"]
+    fingerprint = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:8]
+    dp_rank, tp_rank = here.mesh.get_coordinate()
+    return {
+        "rank": here.rank,
+        "dp_rank": dp_rank,
+        "tp_rank": tp_rank,
+        "rows x tokens": tuple(input_ids.shape),
+        "fingerprint": fingerprint,
+    }
+
+
+def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
+    """Losses and weights of a plain loop in this process, on the mesh's rows."""
+    alone = replace(config, tp_size=1, dp_size=1, num_workers=1, batch_size_per_gpu=4)
+    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    adamw = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    losses = []
+    loader = BatchLoader(alone, Path(config.prepared_data), dp_rank=0)
+    for (micro,) in itertools.islice(loader, steps):
+        loss = model(**micro).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    return losses, dict(model.named_parameters())
+
+
+def dies_at(step_number: int, step: Callable) -> Callable:
+    """A training step that kills its own process the n-th time it is called."""
+    counter = itertools.count(1)
+
+    def fatal(batch):
+        if next(counter) == step_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batch)
+
+    return fatal
+
+
+def save_prompt_logits(engine, config: TrainConfig, prompt: str) -> None:
+    """Compute a prompt's logits with the trained engine, for comparison later."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    tokens = tokenizer(prompt, return_tensors="pt").to(engine.device)
+    with torch.no_grad():
+        logits = engine.model(tokens.input_ids).logits.float().cpu()
+    if dist.get_rank() == 0:
+        torch.save(logits, f"{config.export_to}/prompt_logits.pt")

@@ -1,0 +1,21 @@
+"""A Hugging Face decoder, and the checks that both engines share."""
+
+from tp2d_lib.model.architecture import (
+    build_empty_model,
+    checkpoint_activations,
+    compile_blocks,
+    device_type,
+    load_model_config,
+    pick_dtype,
+)
+from tp2d_lib.model.guards import PlanError
+
+__all__ = [
+    "PlanError",
+    "build_empty_model",
+    "checkpoint_activations",
+    "compile_blocks",
+    "device_type",
+    "load_model_config",
+    "pick_dtype",
+]

@@ -1,0 +1,82 @@
+"""A Hugging Face decoder: its configuration, its empty form, how it computes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from tp2d_lib.config import ConfigError, TrainConfig
+
+
+def load_model_config(config: TrainConfig) -> PretrainedConfig:
+    """The text model's own configuration, from its directory or the Hub."""
+    name = config.model_name
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ConfigError(
+            f"model_name={name!r} must be a model directory, but has no config.json; "
+            "try a directory written by save_pretrained"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=config.model_revision
+        ).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name={name!r} must be a model directory or a model the Hub knows; "
+            f"try 'Qwen/Qwen2.5-0.5B' ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def device_type(config: TrainConfig) -> str:
+    """ "cuda" or "cpu": what ``device`` asks for, or what is here."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]:
+    """The compute type and the reason for it; weights and reductions stay float32."""
+    if config.autocast:
+        return torch.bfloat16, "bfloat16 by autocast, float32 weights and reductions"
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), f"dtype={config.dtype} was asked for"
+    if device_type != "cuda":
+        return torch.float32, "no GPU: float32 throughout"
+    here = torch.cuda.is_available()  # the driver of a cluster may have no GPU
+    if not here or torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bfloat16 compute, float32 weights and reductions"
+    name = torch.cuda.get_device_name()
+    return torch.float32, f"{name} has no native bfloat16: float32 throughout"
+
+
+def build_empty_model(config: TrainConfig) -> nn.Module:
+    """The model with shapes and no storage: every parameter is on ``meta``."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_model_config(config), dtype=torch.float32
+        )
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each layer in backward instead of storing its activations."""
+    name = "activation_checkpointing_enable"
+    old = "gradient_checkpointing_enable"  # transformers 5.20
+    getattr(model, name if hasattr(model, name) else old)({"use_reentrant": False})
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile attention and MLP of each layer, when they are first called.
+
+    Not the layer as a whole: with sequence-parallel input torch 2.13 then returns a
+    wrong gradient to the embedding, silently.
+    """
+    for layer in model.get_decoder().layers:
+        for block in layer.children():
+            if next(block.children(), None) is not None:  # a norm is too small
+                block.compile()

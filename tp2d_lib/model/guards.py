@@ -1,0 +1,142 @@
+"""What both engines check: sizes, gradients, and that sharding changes no number."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PretrainedConfig
+
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model.architecture import device_type, load_model_config
+
+
+class PlanError(ValueError):
+    """The tensor-parallel plan does not cover the model; names what is left."""
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Check what the model's ``config.json`` decides: heads, the longest sequence."""
+    hf = load_model_config(config)
+    query_heads = getattr(hf, "num_attention_heads", None)
+    if not query_heads or hf.is_encoder_decoder:
+        raise ConfigError(
+            f"model_name={config.model_name!r} must be a decoder with attention heads, "
+            f"not {hf.model_type!r}; try 'Qwen/Qwen2.5-0.5B'"
+        )
+    heads = getattr(hf, "num_key_value_heads", None) or query_heads
+    if getattr(hf, "multi_query", False):
+        heads = 1
+    allowed = [n for n in range(1, heads + 1) if heads % n == query_heads % n == 0]
+    if config.tp_size not in allowed:
+        raise ConfigError(
+            f"tp_size={config.tp_size} must divide the {heads} key-value heads and the "
+            f"{query_heads} query heads of {config.model_name!r}; "
+            f"try one of {', '.join(map(str, allowed))}"
+        )
+    longest = getattr(hf, "max_position_embeddings", None)
+    if longest and config.seq_length > longest:
+        raise ConfigError(
+            f"seq_length={config.seq_length} must be at most {longest}, the longest "
+            f"sequence of {config.model_name!r}; try {longest}"
+        )
+    window = sliding_window(hf)
+    if config.tp_size > 1 and window and config.seq_length > window:
+        raise ConfigError(
+            f"seq_length={config.seq_length} must be at most the sliding window of "
+            f"{config.model_name!r} when tp_size > 1, because its masks would be built "
+            f"for a tp rank's share of the sequence; try {window}"
+        )
+
+
+def sliding_window(hf: PretrainedConfig) -> int | None:
+    """Tokens a sliding-window layer looks back, or None when no layer slides."""
+    layers = getattr(hf, "layer_types", None)
+    slides = "sliding_attention" in layers if layers else True
+    return getattr(hf, "sliding_window", None) if slides else None
+
+
+def check_compiler(config: TrainConfig) -> None:
+    """On CPUs torch.compile writes C++."""
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if (
+        config.compile
+        and device_type(config) == "cpu"
+        and not any(map(shutil.which, compilers))
+    ):
+        raise ConfigError(
+            "compile=True must find a C++ compiler, g++ or clang++, when it trains on "
+            "a CPU; try compile=False"
+        )
+
+
+def check_replicated_gradients(gradients: dict[str, torch.Tensor], group) -> bool:
+    """Compare the gradients of replicated parameters; a difference stops the run.
+
+    A parameter used inside a sharded region gets a partial gradient. When nobody sums
+    it, the tp ranks drift apart silently; unequal gradients are the sign.
+
+    Args:
+        gradients: name -> this rank's gradient of a parameter replicated over tp.
+        group: the tp process group.
+
+    Returns:
+        Whether they could be compared: in float16 the first ones may overflow.
+
+    Raises:
+        PlanError: names the parameter.
+    """
+    if not gradients:
+        return True
+    flat = torch.cat([g.detach().float().flatten() for g in gradients.values()])
+    low, high = flat.clone(), flat.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    if not (low.isfinite().all() and high.isfinite().all()):
+        return False
+    sizes = [g.numel() for g in gradients.values()]
+    for name, lowest, highest in zip(
+        gradients, low.split(sizes), high.split(sizes), strict=True
+    ):
+        apart = (highest - lowest).abs().max()
+        if apart > 1e-3 * torch.maximum(highest.abs(), lowest.abs()).max():
+            raise PlanError(
+                f"the gradient of {name!r} must be the same on every tp rank but "
+                f"differs by {apart:.3g}: the plan leaves it partial; try tp_size=1"
+            )
+    return True
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> torch.Tensor:
+    """The loss on a few fixed tokens, to tell whether sharding changed the model."""
+    training, device = model.training, next(model.parameters()).device
+    tokens = torch.arange(1, 17, device=device)[None]
+    model.eval()
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    model.train(training)
+    return loss.float().cpu()
+
+
+def check_same_function(
+    before: torch.Tensor, after: torch.Tensor, allowed: float, description: str
+) -> None:
+    """Refuse sharding that passes all checks of names and shapes but changes the loss.
+
+    Args:
+        before, after: what ``probe`` returned before and after sharding.
+        allowed: relative difference, the rounding of the compute type.
+        description: of the sharded model, for the message.
+
+    Raises:
+        PlanError: the loss changed.
+    """
+    apart = (after - before).abs()
+    if apart > allowed * before or apart.isnan():
+        raise PlanError(
+            f"the model {description} must compute what it did before, but a loss of "
+            f"{before:.6f} became {after:.6f}; try a partition_config, or tp_size=1"
+        )

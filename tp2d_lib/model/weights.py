@@ -1,0 +1,156 @@
+"""A Hugging Face decoder's weights: read from its files, written to files again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import NotASafetensorsRepoError
+from torch import nn
+from torch.distributed.checkpoint import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model.architecture import load_model_config
+
+
+def model_directory(config: TrainConfig) -> Path:
+    """The folder with the model's safetensors; downloads a Hub model first."""
+    if os.path.isdir(config.model_name):
+        directory = Path(config.model_name)
+    else:
+        directory = Path(
+            snapshot_download(
+                config.model_name,
+                revision=config.model_revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+            )
+        )
+    if not list(directory.glob("*.safetensors")):
+        raise no_safetensors(config)
+    return directory
+
+
+def no_safetensors(config: TrainConfig) -> ConfigError:
+    return ConfigError(
+        f"model_name={config.model_name!r} must hold safetensors files; convert it "
+        "with save_pretrained, which writes them"
+    )
+
+
+def stored_names(config: TrainConfig) -> set[str]:
+    """Names of the tensors in the model's files; reads their headers, no weights.
+
+    Raises:
+        ConfigError: the files are not safetensors.
+    """
+    if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
+        reader = HuggingFaceStorageReader(str(model_directory(config)))
+        return set(reader.read_metadata().state_dict_metadata)
+    repository = {"repo_id": config.model_name, "revision": config.model_revision}
+    try:
+        return set(get_safetensors_metadata(**repository).weight_map)
+    except NotASafetensorsRepoError as error:
+        raise no_safetensors(config) from error
+
+
+def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors by name; a tied weight once, under the name in the files."""
+    second_names = {
+        second
+        for second, first in model.all_tied_weights_keys.items()
+        if model.get_parameter(second) is model.get_parameter(first)
+    }
+    return {k: v for k, v in model.state_dict().items() if k not in second_names}
+
+
+def load_pretrained(
+    model: nn.Module, config: TrainConfig, device: torch.device
+) -> None:
+    """Fill a sharded, empty model: each rank reads only its own slices from disk.
+
+    Raises:
+        ValueError: a parameter of the model has no tensor in the files.
+    """
+    model.to_empty(device=device)
+    rebuild_buffers(model)
+    directory = model_directory(config)
+    reader = HuggingFaceStorageReader(str(directory))
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = own_state(model)
+    missing = sorted(set(wanted) - set(stored))
+    if missing:
+        raise ValueError(f"{directory} must hold {missing[0]} ({len(missing)} missing)")
+    dcp.load(wanted, storage_reader=reader)
+
+
+def rebuild_buffers(model: nn.Module) -> None:
+    """Fill in what safetensors files do not hold, such as the rotary frequencies.
+
+    transformers computes them when it initialises weights: do that on a twin whose
+    parameters have no storage.
+    """
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config)
+    for name, buffer in list(twin.named_buffers()):
+        module, _, key = name.rpartition(".")
+        real = torch.empty_like(buffer, device="cpu")
+        setattr(twin.get_submodule(module), key, real)
+    twin.initialize_weights()
+    for name, buffer in twin.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+
+
+def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
+    """Write a sharded model as ``save_pretrained`` would; every rank calls."""
+    hf = load_model_config(config)
+    state = {
+        name: tensor.to(hf.dtype or torch.float32)
+        for name, tensor in own_state(model).items()
+    }
+    writer = HuggingFaceStorageWriter(
+        str(directory), save_distributed=True, enable_consolidation=True
+    )
+    dcp.save(state, storage_writer=writer)
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory / "sharded")
+        export_config(config, directory)
+    dist.barrier()
+
+
+def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
+    """Write an unsharded state dict as ``save_pretrained`` would; one rank calls."""
+    hf = load_model_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)
+    model.load_state_dict(
+        {name: tensor.to(model.dtype) for name, tensor in state.items()}, assign=True
+    )
+    model.tie_weights()
+    model.save_pretrained(directory)
+    export_config(config, directory)
+
+
+def export_config(config: TrainConfig, directory: Path) -> None:
+    """Write what belongs to a model beside its weights."""
+    for part in (AutoConfig, AutoTokenizer, GenerationConfig):
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # not every model has all of them
+            part.from_pretrained(
+                config.model_name, revision=config.model_revision
+            ).save_pretrained(directory)

@@ -1,0 +1,160 @@
+"""What a run records: loss, norms, speed, memory, MFU; kept and written out."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tp2d_lib import data
+from tp2d_lib.checkpoint import report
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import build_empty_model
+
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+def flops_per_token(model: nn.Module, seq_length: int) -> float:
+    """Floating-point operations to train on one token.
+
+    6 N for N parameters, embedding counted once as the head, and
+    12 * layers * heads * head_dim * seq_length for attention: PaLM (arXiv:2204.02311),
+    appendix B. Recomputation by activation checkpointing is not counted.
+    """
+    hf = model.config.get_text_config()
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    weights = sum(p.numel() for p in model.parameters())
+    if not hf.tie_word_embeddings:  # the embedding looks up, it does not multiply
+        weights -= model.get_input_embeddings().weight.numel()
+    attention = (
+        12 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * seq_length
+    )
+    return 6 * weights + attention
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of this GPU, or None where it is not known (and on CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this rank: GPU memory, or the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Metrics:
+    """Keep step results on the device; read them every ``log_interval`` steps."""
+
+    def __init__(
+        self,
+        engine,
+        config: TrainConfig,
+        step: int,
+        history: list[dict],
+        publish: Callable[[dict], None],
+    ):
+        self.engine, self.config, self.history = engine, config, history
+        self.publish = publish
+        self.writer = None
+        if dist.get_rank() == 0 and config.run_name:
+            from torch.utils.tensorboard import SummaryWriter  # here: slow to import
+
+            # Points after the checkpoint belong to the attempt that was lost.
+            self.writer = SummaryWriter(
+                os.path.join(config.storage_path, config.run_name, "tensorboard"),
+                purge_step=step + 1,
+            )
+        self.peak = peak_flops(engine.device)
+        if self.peak:  # counted on the full model, of which a rank may hold a shard
+            full = build_empty_model(config)
+            self.flops = flops_per_token(full, config.seq_length)
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.grad_norms: list[torch.Tensor] = []
+        self.valid = 0
+        self.started = time.perf_counter()
+
+    def add(self, batch: list[dict], loss: torch.Tensor, grad_norm: torch.Tensor):
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+        self.valid += data.valid_tokens(batch)  # labels are on the CPU: no device sync
+
+    def log(self, step: int, learning_rate: float, position: int) -> None:
+        """Make one record of the steps since the last one; every rank calls."""
+        loss = torch.stack(self.losses).mean().item()  # the one wait for the device
+        grad_norm = torch.stack(self.grad_norms)[-1].item()
+        seconds = time.perf_counter() - self.started
+        valid, memory = self.over_ranks()
+        record = {
+            "step": step,
+            "position": position,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": valid / seconds,
+            "step_time": seconds / len(self.losses),
+            "peak_memory": memory,
+        }
+        if self.peak:
+            rows = len(self.losses) * self.config.global_batch_size
+            done = rows * self.config.seq_length * self.flops
+            record["mfu"] = done / seconds / self.peak / dist.get_world_size()
+        self.history.append(record)
+        if self.writer:
+            for key in record.keys() - {"step", "position"}:
+                self.writer.add_scalar(f"train/{key}", record[key], step)
+        self.send(record)
+        self.reset()
+
+    def log_eval(self, step: int, loss: float) -> None:
+        """Add a validation loss to the record of a step that was just logged."""
+        self.history[-1]["eval_loss"] = loss
+        if self.writer:
+            self.writer.add_scalar("eval/loss", loss, step)
+        self.send({"step": step, "eval_loss": loss})
+        self.reset()
+
+    def send(self, record: dict) -> None:
+        """To the driver, and through Ray to where ``report_to`` says."""
+        self.publish(record)
+        if self.config.report_to:
+            report(dict(record), self.config)  # a copy: an eval_loss may be added
+
+    def over_ranks(self) -> tuple[int, int]:
+        """Valid tokens over all dp ranks; the largest peak memory of any rank."""
+        valid = torch.tensor(int(self.valid), device=self.engine.device)
+        dist.all_reduce(valid, group=self.engine.mesh["dp"].get_group())
+        memory = torch.tensor(
+            peak_memory(self.engine.device), device=self.engine.device
+        )
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        return int(valid), int(memory)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()

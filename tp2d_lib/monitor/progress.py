@@ -1,0 +1,152 @@
+"""Between driver and workers during training: progress one way, stopping the other."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+
+import ray
+
+
+class ProgressActor:
+    """Records of one run, in order of arrival, and the step after which to stop."""
+
+    def __init__(self):
+        self.records: list[dict] = []
+        self.last_begun = 0
+        self.stop_after: int | None = None
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+
+    def since(self, count: int) -> list[dict]:
+        return self.records[count:]
+
+    def stop(self) -> None:
+        """Stop after the first step that no rank has begun yet."""
+        self.stop_after = self.stop_after or self.last_begun + 1
+
+    def is_last(self, step: int) -> bool:
+        """Whether to stop after a step that begins; the same answer for every rank."""
+        self.last_begun = max(self.last_begun, step)
+        return self.stop_after is not None and step >= self.stop_after
+
+
+def actor_name(run_name: str | None) -> str:
+    return f"tp2d-progress-{run_name}"
+
+
+class WorkerProgress:
+    """A worker's end of the progress actor; does nothing when there is none."""
+
+    def __init__(self, run_name: str | None):
+        import torch.distributed as dist  # here: the actor does without
+
+        self.publishes = dist.get_rank() == 0
+        self.answer = None
+        try:
+            self.actor = ray.get_actor(actor_name(run_name))
+        except ValueError:  # no driver is watching
+            self.actor = None
+
+    def publish(self, record: dict) -> None:
+        if self.actor and self.publishes:
+            self.actor.add.remote(record)
+
+    def begin(self, step: int) -> None:
+        """Ask early whether this step is the last, because the answer takes a while."""
+        if self.actor:
+            self.answer = self.actor.is_last.remote(step)
+
+    def should_stop(self) -> bool:
+        return self.actor is not None and ray.get(self.answer)
+
+
+class Watcher:
+    """Shows a run's progress while the driver waits: ``with Watcher(name): fit()``."""
+
+    def __init__(self, run_name: str):
+        actor = ray.remote(num_cpus=0)(ProgressActor)
+        self.actor = actor.options(name=actor_name(run_name)).remote()
+        self.show = display_in_notebook() or display_on_terminal()
+        self.records: list[dict] = []
+        self.total = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def __enter__(self) -> Watcher:
+        ray.get(self.actor.since.remote(0))  # workers must find it
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.thread.join()
+        self.poll()
+        ray.kill(self.actor)
+
+    def stop_training(self) -> None:
+        """Ask the workers to save a checkpoint and return."""
+        self.actor.stop.remote()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.5):
+            self.poll()
+
+    def poll(self) -> None:
+        for record in ray.get(self.actor.since.remote(len(self.records))):
+            self.records.append(record)
+            if "notice" in record:
+                self.show(record["notice"], done=True)
+            elif "total" in record:
+                self.total = record["total"]
+                if record["start"]:
+                    self.show(f"resumed after step {record['start']}", done=True)
+            elif "eval_loss" in record:
+                text = f"step {record['step']}: eval_loss {record['eval_loss']:.4f}"
+                self.show(text, done=True)
+            else:
+                self.show(line(record, self.total), record["step"] == self.total)
+
+
+def line(record: dict, total: int) -> str:
+    """One record as a line of text."""
+    left = round((total - record["step"]) * record["step_time"])
+    done = round(10 * record["step"] / total)
+    text = (
+        f"[{'#' * done}{'.' * (10 - done)}] step {record['step']}/{total}"
+        f"  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    )
+    return text + (f"  MFU {record['mfu']:.0%}" if "mfu" in record else "")
+
+
+def display_in_notebook() -> Callable[..., None] | None:
+    """Update one output in place, so that only the last line stays in the page."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from IPython.display import display  # here: notebooks only
+
+    finished: list[str] = []
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(text: str, done: bool = False) -> None:
+        handle.update({"text/plain": "\n".join([*finished, text])}, raw=True)
+        if done:
+            finished.append(text)
+
+    return show
+
+
+def display_on_terminal() -> Callable[..., None]:
+    """Rewrite one line on a terminal; plain lines when the output is a file."""
+    live = sys.stdout.isatty()
+
+    def show(text: str, done: bool = False) -> None:
+        if live:  # a line that wraps could not be rewritten
+            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="\n" if done or not live else "", flush=True)
+
+    return show

@@ -1,0 +1,32 @@
+"""What either engine's ``check`` asks first: model, data, storage, hardware."""
+
+from __future__ import annotations
+
+from tp2d_lib import data, evaluate
+from tp2d_lib.checkpoint import storage
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import guards, weights
+from tp2d_lib.monitor import reporting
+
+
+def check(config: TrainConfig) -> set[str]:
+    """Find in the driver, before any worker starts, what does not fit together.
+
+    Args:
+        config: with the device that the run will have.
+
+    Returns:
+        The names of the tensors in the model's files.
+
+    Raises:
+        ConfigError: one sentence with the field, the value, the rule and a way out.
+    """
+    guards.check_sizes(config)
+    guards.check_compiler(config)
+    stored = weights.stored_names(config)
+    storage.check(config)
+    data.check(config)
+    evaluate.check(config)
+    if config.report_to:
+        reporting.check_installed()
+    return stored

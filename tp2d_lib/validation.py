@@ -1,0 +1,159 @@
+"""What values a TrainConfig may have: types, ranges, choices, combinations, paths."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import fields
+from functools import cache
+from typing import Any, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A value the user can correct: names the field, the value and the rule."""
+
+
+POSITIVE = {  # field -> a value that works
+    "seq_length": 512,
+    "preprocessing_num_workers": 1,
+    "tp_size": 1,
+    "dp_size": 1,
+    "num_workers": 1,
+    "batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 1,
+    "max_steps": 100,
+    "learning_rate": 1e-5,
+    "max_grad_norm": 1.0,
+    "save_total_limit": 2,
+    "log_interval": 10,
+}
+NOT_NEGATIVE = (
+    "weight_decay",
+    "eval_every",
+    "checkpoint_every",
+    "max_failures",
+    "profile_steps",
+    "seed",
+)
+PATHS = (
+    "prepared_data",
+    "prepared_eval_data",
+    "storage_path",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "export_to",
+)
+NAMES = ("model_name", "dataset_name", "eval_dataset")  # a folder, or on the Hub
+
+
+type_hints = cache(get_type_hints)  # resolving them takes longer than all the rest
+
+
+def check_types(config: Any) -> None:
+    """Each value has its field's type; an int is accepted where a float is expected."""
+    hints = type_hints(type(config))
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        allowed = getattr(hint, "__args__", (hint,))  # `int | None` -> (int, NoneType)
+        if float in allowed and type(value) is int:
+            value = float(value)
+            object.__setattr__(config, f.name, value)
+        if type(value) not in allowed:
+            names = " or ".join(
+                "None" if t is type(None) else t.__name__ for t in allowed
+            )
+            raise ConfigError(
+                f"{f.name}={value!r} must be {names}; its default is {f.default!r}"
+            )
+        if isinstance(value, str) and not value.strip():
+            raise ConfigError(
+                f"{f.name}={value!r} must not be empty; its default is {f.default!r}"
+            )
+
+
+def check_values(config: Any) -> None:
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} must be positive; try {POSITIVE[name]}")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ConfigError(f"{name}={value} must not be negative; try 0")
+    if config.seq_length < 2:
+        raise ConfigError(
+            "seq_length=1 must be at least 2, because each token predicts the next; "
+            "try 512"
+        )
+    if config.zero_stage not in range(4):
+        raise ConfigError(f"zero_stage={config.zero_stage} must be 0, 1, 2 or 3; try 1")
+    if not 0 < config.dataset_percentage <= 100:
+        raise ConfigError(
+            f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
+            "most 100; try 100"
+        )
+    if not 0 <= config.warmup_ratio <= 1:
+        raise ConfigError(
+            f"warmup_ratio={config.warmup_ratio:g} must be from 0 to 1; try 0.03"
+        )
+    for f in fields(config):
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if choices and value is not None and value not in choices:
+            raise ConfigError(
+                f"{f.name}={value!r} must be one of {', '.join(choices)}; "
+                f"try {closest(value, choices)}"
+            )
+
+
+def check_combinations(config: Any) -> None:
+    world_size = config.tp_size * config.dp_size
+    if config.num_workers != world_size:
+        raise ConfigError(
+            f"num_workers={config.num_workers} must equal tp_size * dp_size = "
+            f"{config.tp_size} * {config.dp_size}; try {world_size}"
+        )
+    if "://" in config.storage_path and config.cache_dir is None:
+        raise ConfigError(
+            f"cache_dir=None must name a folder every node sees when "
+            f"storage_path={config.storage_path!r} is remote, because tokenised rows "
+            "are memory-mapped; try cache_dir='/mnt/cluster_storage/data'"
+        )
+    length, tp_size = config.seq_length, config.tp_size
+    if length % tp_size:
+        fits = max(length // tp_size, 1) * tp_size
+        divides = max(n for n in range(1, tp_size) if length % n == 0)
+        raise ConfigError(
+            f"seq_length={length} must be divisible by tp_size={tp_size}, because each "
+            f"tp rank keeps an equal share of the activations; try {fits}, or "
+            f"tp_size={divides}"
+        )
+
+
+def make_paths_absolute(config: Any) -> None:
+    """Ray starts a worker in a directory of its own, where a relative path misleads.
+
+    A name that may also be one on the Hub is taken for a folder where it is written as
+    a path, or where there is one, as ``from_pretrained`` does. No file is opened.
+    """
+    for name in (*PATHS, *NAMES):
+        value = getattr(config, name)
+        if value is None or "://" in value:
+            continue
+        written_as_path = value.startswith((".", "~", "/"))
+        if name in PATHS or written_as_path or os.path.exists(value):
+            object.__setattr__(config, name, absolute(value))
+    rules = config.partition_config
+    if isinstance(rules, str) and not rules.lstrip().startswith("{"):  # not JSON text
+        object.__setattr__(config, "partition_config", absolute(rules))
+
+
+def absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def closest(value: str, choices) -> str:
+    """The choice a typing mistake most likely meant."""
+    lowered = {choice.lower(): choice for choice in reversed(list(choices))}
+    matches = difflib.get_close_matches(str(value).lower(), lowered, n=1)
+    return lowered[matches[0]] if matches else next(iter(choices))
