@@ -2,16 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench sync figures clean
+.PHONY: demo lint check test bench sync figures bump clean
 
-demo: .venv/installed  ## execute the notebooks, render them, print what they proved
-	$(BIN)/python scripts/run_notebooks.py
+demo: .venv/installed  ## execute the notebooks, render them, write what they proved
+	$(BIN)/python scripts/run_notebooks.py --write_readme
 
-test: .venv/installed  ## lint, then every test; offline
+lint: .venv/installed  ## style, layers of imports, mirrored cells
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python scripts/sync_notebooks.py --check
-	$(BIN)/python -m pytest
+
+check: lint  ## for the inner loop: lint, then the tests that start no ranks
+	$(BIN)/python -m pytest -m "not ranks"
+
+test: lint  ## lint, then every test; offline
+	$(BIN)/python -m pytest --numprocesses 2
 
 bench: .venv/installed  ## speed and memory, side by side, as ratios
 	$(BIN)/python scripts/bench.py
@@ -21,6 +27,9 @@ sync: .venv/installed  ## write library source into the notebooks' mirrored cell
 
 figures: .venv/installed  ## draw images/
 	$(BIN)/python scripts/make_figures.py
+
+bump: .venv/installed  ## try the newest releases of the pins, print what breaks
+	$(BIN)/python scripts/bump.py
 
 clean:  ## remove what was built, not the environment
 	rm -rf build

@@ -1,6 +1,6 @@
 """Execute the notebooks into build/, render them, print what each one proved.
 
-python scripts/run_notebooks.py [-p NAME VALUE] [NOTEBOOK ...]
+python scripts/run_notebooks.py [-p NAME VALUE] [--write_readme] [NOTEBOOK ...]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -56,6 +57,20 @@ def summary(executed: Path) -> str:
     return ""
 
 
+def write_readme(name: str, printed: str, readme: Path = ROOT / "README.md") -> bool:
+    """Put a notebook's summary into the README; whether it is of the demo preset.
+
+    The speed stays out: it is another one each time.
+    """
+    if not re.search(r"^preset +demo$", printed, re.MULTILINE):
+        return False
+    lines = [line for line in printed.splitlines() if "tokens/s" not in line]
+    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+    text = "```\n" + "\n".join(lines) + "\n```\n"
+    readme.write_text(block.sub(lambda _: text, readme.read_text()))
+    return True
+
+
 def value(text: str):
     """A parameter from the command line: a Python literal, else a string."""
     try:
@@ -70,6 +85,9 @@ def main() -> None:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
+    parser.add_argument(
+        "--write_readme", action="store_true", help="keep what was proved in README.md"
+    )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder to write to")
     arguments = parser.parse_args()
     parameters = {name: value(text) for name, text in arguments.p}
@@ -80,7 +98,10 @@ def main() -> None:
         executed = execute(notebook, build, parameters)
         pages = render(executed, build)
         print(f"\n{notebook.name}, executed in {time.time() - started:.0f} s\n")
-        print(summary(executed))
+        printed = summary(executed)
+        print(printed)
+        if arguments.write_readme and not write_readme(notebook.stem, printed):
+            print("README.md is left as it is: its figures are those of the demo.")
         print("Look at:", *(f"\n  {page}" for page in [executed, *pages]), sep="")
 
 

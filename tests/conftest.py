@@ -43,5 +43,19 @@ def pools():
         each.close()
 
 
+# Fixtures that start ranks, and the files that take longest.
+RANKS = {"pools", "cluster", "execute", "whole", "predictions"}
+LONGEST = ("test_notebooks", "test_cli", "test_options", "test_parity")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what starts ranks; the longest files first, so that no process waits."""
+    for item in items:
+        if not RANKS.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.ranks)
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

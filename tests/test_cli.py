@@ -154,7 +154,7 @@ def test_the_first_failure_is_told():
     assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 
 
-def start(script, storage, *flags, **environment):
+def start(script, storage, *flags, cwd=None, **environment):
     """A command of its own, in a session of its own, on the demo."""
     command = [sys.executable, str(ROOT / script), "--offline_demo", "--tp_size", "2"]
     command += ["--storage_path", str(storage), "--checkpoint_every", "2"]
@@ -162,6 +162,7 @@ def start(script, storage, *flags, **environment):
     return subprocess.Popen(
         [*command, "--log_interval", "2", *flags],
         env={**os.environ, **own},
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -302,6 +303,7 @@ def workers_of(pid):
     return [int(p) for p, _, args in rows if p in family and "RayTrainWorker" in args]
 
 
+@pytest.mark.ranks
 def test_failed_training_ends_with_1_and_says_how_to_go_on(tmp_path):
     flags = ["--max_failures", "0", "--max_steps", "500", "--run_name", "lost"]
     run = start("train_deepspeed.py", tmp_path, *flags)
@@ -313,15 +315,20 @@ def test_failed_training_ends_with_1_and_says_how_to_go_on(tmp_path):
     assert re.search(r"^to resume: python .* --resume_from lost$", err, re.MULTILINE)
 
 
+@pytest.mark.ranks
 def test_what_a_run_leaves(tmp_path):
-    """Validation losses, a trace, MLflow's and TensorBoard's records, a model."""
+    """Validation losses, a trace, MLflow's and TensorBoard's records, a model.
+
+    All of it where relative paths say, although workers have another directory.
+    """
     flags = ["--max_steps", "4", "--eval_every", "2", "--profile_steps", "1"]
-    flags += ["--report_to", "mlflow", "--export_to", str(tmp_path / "model")]
+    flags += ["--report_to", "mlflow", "--export_to", "model"]
     server = {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlflow"}
     server |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
-    run = start("train_deepspeed.py", tmp_path, *flags, "--run_name", "all", **server)
+    flags += ["--run_name", "all"]
+    run = start("train_deepspeed.py", "runs", *flags, cwd=tmp_path, **server)
     out, _ = finish(run)
-    folder = tmp_path / "all"
+    folder = tmp_path / "runs" / "all"
     state = json.loads((folder / "checkpoint-000004/trainer_state.json").read_text())
     told = {record["step"]: record["eval_loss"] for record in state["history"]}
     assert told.keys() == {2, 4}

@@ -116,6 +116,7 @@ print(weights.model_directory(config).name, model.load_model_config(config).hidd
 """
 
 
+@pytest.mark.ranks
 def test_a_hub_model_is_read_at_its_revision(demo_paths, tmp_path):
     """From a cache as the Hub's own library keeps it; nothing of it is in a folder."""
     repository = tmp_path / "hub" / "models--someone--tiny"
@@ -218,6 +219,7 @@ def test_weight_decay_shrinks_weights(config, pools):
         assert shrunk[name] == pytest.approx(expected, rel=1e-5, abs=1e-8), name
 
 
+@pytest.mark.ranks
 def test_settings_that_save_memory_save_it(config):
     plain = dryrun.predict("fsdp", config)
     lean = dryrun.predict("fsdp", replace(config, activation_checkpointing=True))

@@ -18,6 +18,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.ranks
 def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path, capsys):
     ray.init(address="local", num_gpus=3, logging_level="ERROR", log_to_driver=False)
     try:

@@ -1,4 +1,7 @@
-"""The command line of both engines: flags from TrainConfig, errors in one sentence."""
+"""The command line of both engines: flags from TrainConfig, errors in one sentence.
+
+What is slow to import is imported inside functions, so that ``--help`` need not wait.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
+
+import yaml
 
 from tp2d_lib.config import ConfigError, TrainConfig, closest
 
@@ -104,8 +109,6 @@ def read_file(path: str | None) -> dict[str, Any]:
     """A YAML file of field names, or of flags without their dashes."""
     if path is None:
         return {}
-    import yaml
-
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text("utf-8")) or {}
         if not isinstance(values, dict):
@@ -157,7 +160,7 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
 
 
 def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
-    from tp2d_lib import launch  # here, and below: --help need not wait for it
+    from tp2d_lib import launch
     from tp2d_lib.model import PlanError
 
     launch.quiet()

@@ -15,6 +15,7 @@ from importlib import import_module
 
 import ray
 import ray.train
+import transformers
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -62,8 +63,7 @@ def connect() -> None:
 
 def quiet() -> None:
     """Turn off the progress bars of libraries, which would fill the page."""
-    import datasets  # here, as the next: both are slow
-    import transformers
+    import datasets  # here: slow, and workers do without
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

@@ -112,6 +112,7 @@ def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools)
         assert predicted[name] == pytest.approx(ranks[0][name], rel=0.01), name
 
 
+@pytest.mark.ranks
 def test_the_command_tells_and_stops(tmp_path, capsys):
     demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
     run = ["--dp_size", "2", "--device", "cuda", "--dry_run", "--run_name", "asked"]

@@ -1,5 +1,7 @@
 """Checkpoints, loading and export of the FSDP2 engine, on real ranks."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -167,3 +169,18 @@ def test_no_rank_holds_the_whole_model(demo_paths, pools, tmp_path):
     pools(4).run(peak_while_building, make_config(demo_paths, tmp_path, 2, 2))  # warm
     for grown in pools(4).run(peak_while_building, config):
         assert grown < 0.5 * whole  # its own quarter, and one tensor in passing
+
+
+ALONE = """
+import sys
+
+for name in ("ray", "datasets", "pyarrow", "deepspeed", "mlflow"):
+    sys.modules[name] = None  # as if it were not installed
+import tp2d_lib.fsdp, tp2d_lib.cost.comm, tp2d_lib.cost.memory
+"""
+
+
+@pytest.mark.ranks
+def test_the_engine_imports_neither_ray_nor_deepspeed():
+    """Under torchrun, on a machine that has PyTorch and transformers only."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True)

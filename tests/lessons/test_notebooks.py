@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -216,6 +217,40 @@ def test_both_engines_train_the_same(execute):
     assert number("relative difference of the losses:", text) < 1e-5
 
 
+def rows_of(table: str) -> dict[str, str]:
+    """A printed table of two columns, without its heading."""
+    lines = [line for line in table.splitlines() if line.strip("`- ")]
+    return dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines[1:])
+
+
+@each
+def test_the_readme_says_what_was_proved(path, execute, tmp_path):
+    """`make demo` wrote it: equal but for the speed, and errors of rounding."""
+    printed = run_notebooks.summary(execute(path)[1] / "notebooks" / path.name)
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    block = re.compile(rf"<!-- {path.stem} -->\n```\n(.*?)```\n", re.DOTALL)
+    committed = rows_of(block.findall(readme.read_text())[0])
+    assert run_notebooks.write_readme(path.stem, printed, readme)
+    written = rows_of(block.findall(readme.read_text())[0])
+    assert committed.keys() == written.keys()
+    assert len(written) >= 6
+    for what, value in written.items():
+        if what in ("preset", "loss"):
+            assert committed[what] == value
+        else:
+            assert max(float(committed[what]), float(value)) < 1e-5, what
+
+
+def test_the_readme_is_only_written_with_the_demos_figures(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- x -->\nold\n<!-- /x -->\n")
+    assert not run_notebooks.write_readme("x", "preset  qwen2.5-0.5b\n", readme)
+    assert "old" in readme.read_text()
+    assert run_notebooks.write_readme("x", "preset  demo\ntokens/s  7\n", readme)
+    assert readme.read_text() == "<!-- x -->\n```\npreset  demo\n```\n<!-- /x -->\n"
+
+
 class Images(HTMLParser):
     """Sources and alt texts of a page's images, and addresses of its scripts."""
 
@@ -248,6 +283,7 @@ def test_renders_with_every_image_in_place(path, execute):
     assert all((markdown.parent / link).is_file() for link in links)
 
 
+@pytest.mark.ranks
 def test_unknown_parameter_is_rejected(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="try TP_SIZE"):
         run_notebooks.execute(FSDP, tmp_path, {"TP_SIZ": 4})

@@ -1,13 +1,16 @@
 """The figures in images/ are what their script draws, byte for byte, with alt text."""
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
+from scripts.figures import house, mesh
 from scripts.make_figures import figures
 
-IMAGES = Path(__file__).resolve().parents[2] / "images"
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ROOT / "images"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -30,9 +33,17 @@ def test_figure_says_what_it_shows(name):
 
 def test_mesh_figure_takes_its_numbers_from_the_mesh(monkeypatch):
     """Swap two ranks in the mesh, and the picture changes with it."""
-    from scripts import make_figures
+    swapped = {place: 3 - rank for place, rank in mesh.RANK.items()}
+    before = figures()["device_mesh.svg"]
+    monkeypatch.setattr(mesh, "RANK", swapped)
+    assert figures()["device_mesh.svg"] != before
 
-    swapped = {place: 3 - rank for place, rank in make_figures.RANK.items()}
-    before = make_figures.figures()["device_mesh.svg"]
-    monkeypatch.setattr(make_figures, "RANK", swapped)
-    assert make_figures.figures()["device_mesh.svg"] != before
+
+def test_house_has_the_layers_that_import_linter_checks():
+    """The figure's lowest layer joins the last two: config.py reads validation.py."""
+    layers = house.LAYERS.split("\n\n")
+    drawn = [set(re.findall(r"^(\w+)", layer, re.M)) for layer in layers]
+    contract = (ROOT / "pyproject.toml").read_text().split("layers = [")[1]
+    lines = re.findall(r'"(.+)"', contract.split("]")[0])
+    checked = [set(line.split(" | ")) for line in lines]
+    assert drawn == [*checked[:-2], checked[-2] | checked[-1]]

@@ -8,6 +8,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 TIMEOUT_S = 120
+PRELOAD = ["torch", "transformers", "tp2d_lib.autotp", "tp2d_lib.fsdp"]
 
 
 def serve(rank: int, world_size: int, store: str, pipe) -> None:
@@ -33,7 +34,8 @@ class Pool:
     def __init__(self, world_size: int):
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

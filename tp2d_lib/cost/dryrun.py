@@ -17,6 +17,8 @@ import torch.distributed as dist
 # Both are documented under these names, and have no public ones.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tp2d_lib import data, mesh
 from tp2d_lib import model as models
@@ -165,7 +167,7 @@ def fake_autotp(config: TrainConfig, grid, stack: ExitStack):
 
 def patch_deepspeed(config: TrainConfig) -> None:
     """Give DeepSpeed what its ranks would send each other, in this process only."""
-    from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator import get_accelerator  # here: FSDP2 does without
     from deepspeed.runtime.zero import utils
     from deepspeed.sequence import cross_entropy
     from deepspeed.utils import groups
@@ -190,9 +192,6 @@ class FakeNumbers(TorchDispatchMode):
 
 def attend_without_mask(model) -> None:
     """Attention as in a real run, which finds that its mask would be just causal."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
     model.set_attn_implementation(CAUSAL)

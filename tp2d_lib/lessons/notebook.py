@@ -56,7 +56,7 @@ def table(rows: Sequence[dict]) -> None:
 
 def show(figure, alt: str) -> None:
     """Show a plot, with the words that stand for it where it cannot be seen."""
-    from IPython.display import display
+    from IPython.display import display  # here: notebooks only
 
     display(figure, metadata={"image/png": {"alt": alt}})
 

@@ -1,0 +1,72 @@
+"""The layers of the package, as import-linter checks them."""
+
+from __future__ import annotations
+
+from scripts.figures.svg import BAND, PLAIN, Figure
+
+# A paragraph for each layer, top to bottom; a dash separates what must stay apart.
+LAYERS = """\
+cli.py: the two commands
+lessons/: what only notebooks need
+
+cost/: what a rank will hold and send
+
+fsdp/: DTensor inside FSDP2
+-
+autotp/: DeepSpeed AutoTP + ZeRO
+
+launch.py: Ray starts the workers
+loop.py: one loop for both engines
+preflight.py: checks before any worker starts
+
+monitor/: metrics, progress, traces
+evaluate.py: the validation loss
+presets.py: demo or real run
+
+data/: documents to batches
+model/: a Hugging Face decoder
+checkpoint/: write, verify, restore
+
+config.py: TrainConfig: values only
+mesh.py: the (dp, tp) device mesh
+validation.py: what values are allowed"""
+
+LEFT, TOP, WIDTH, HEIGHT = 54, 76, 686, 64  # of the first band
+STEP, APART, PAD = 76, 56, 8
+
+
+def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -> None:
+    """A grey band, filled by boxes of one width: a name, and a few words about it."""
+    fig.rect(x, y, width, HEIGHT, BAND)
+    w = (width - PAD) / len(boxes)
+    for i, box in enumerate(boxes):
+        name, words = box.split(": ", 1)
+        left = x + PAD + i * w
+        fig.rect(left, y + PAD, w - PAD, HEIGHT - 2 * PAD, PLAIN)
+        fig.text(left + (w - PAD) / 2, y + 23, name, look="bold")
+        fig.text(left + (w - PAD) / 2, y + 42, words, look="small")
+
+
+def house() -> Figure:
+    """The house in one picture: imports run downward only
+
+    Seven layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
+    between them because they never import each other; launch, loop and preflight;
+    monitor, evaluate and presets; data, model and checkpoint; config, mesh and
+    validation. An arrow labelled imports points down the left side.
+    """
+    fig = Figure(760, 666, house.__doc__)
+    layers = LAYERS.split("\n\n")
+    for i, layer in enumerate(layers):
+        sides = layer.split("\n-\n")
+        width = (WIDTH + APART) / len(sides) - APART
+        for j, side in enumerate(sides):
+            left = LEFT + j * (width + APART)
+            draw_band(fig, left, TOP + STEP * i, width, side.split("\n"))
+    bottom = TOP + STEP * (len(layers) - 1) + HEIGHT
+    fig.text(20, TOP - 14, "imports", look="left small")
+    fig.arrow(34, TOP, 34, bottom - 8)
+    engines = "fsdp/ and autotp/ never import each other: either can be read alone."
+    beside = "Within a layer, only config.py imports a neighbour: validation.py."
+    fig.text(LEFT, bottom + 34, engines, beside, look="left small")
+    return fig
