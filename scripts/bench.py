@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports torch or huggingface_hub; the processes started here inherit.
+# Before anything imports torch or huggingface_hub; processes started here inherit it.
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     DS_ACCELERATOR="cpu",
@@ -51,13 +51,13 @@ COMPARISONS = {
 def main() -> None:
     names = ",".join(COMPARISONS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of a row")
-    parser.add_argument("--only", default=names, help=f"some of {names}")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per row")
+    parser.add_argument("--only", default=names, help=f"comma-separated: {names}")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
-        parser.error(f"--rounds takes 1 or more, --only takes some of {names}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
+        parser.error(f"--rounds must be at least 1, --only any of {names}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then as well
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")

@@ -1,8 +1,8 @@
 """Try newer releases of the pins: python scripts/bump.py [--only NAME ...] [--all]
 
 Installs them into an environment of its own, prints which pins would change, and runs
-the tests there: what fails is what a bump would break. It changes no file outside of
-build/; raise the pins in requirements.txt when you have read the result.
+the tests there: what fails is what a bump would break. It changes no file outside
+build/; raise the pins in requirements.txt after you have read the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_pins(text: str) -> dict[str, Requirement]:
 
 
 def loosen(pins: dict[str, Requirement], only: list[str]) -> str:
-    """A requirements file in which ``only`` these, or all, may be newer."""
+    """A requirements file where ``only`` these pins, or all if empty, may be newer."""
     lines = []
     for name, pin in pins.items():
         version = str(pin.specifier).removeprefix("==")
@@ -44,7 +44,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 def install(requirements: str) -> str:
-    """Make the environment; returns its Python."""
+    """Create the environment; returns its Python."""
     BUMP.mkdir(parents=True, exist_ok=True)
     (BUMP / "requirements.txt").write_text(requirements)
     subprocess.run([sys.executable, "-m", "venv", "--clear", BUMP / "venv"], check=True)
@@ -56,7 +56,7 @@ def install(requirements: str) -> str:
 
 
 def changes(python: str, pins: dict[str, Requirement]) -> list[str]:
-    """The pins that differ from what was installed: ``name old -> new``."""
+    """The pins that differ from what is installed: ``name old -> new``."""
     found = json.loads(run(python, "-m", "pip", "list", "--format", "json").stdout)
     installed = {canonicalize_name(p["name"]): p["version"] for p in found}
     lines = []
@@ -69,17 +69,17 @@ def changes(python: str, pins: dict[str, Requirement]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], help="pins to try; else all")
+    parser.add_argument("--only", nargs="+", default=[], help="default: all pins")
     parser.add_argument(
-        "--all", action="store_true", help="run all tests, not a minute"
+        "--all", action="store_true", help="run every test, not just the quick ones"
     )
     options = parser.parse_args()
     pins = read_pins((ROOT / "requirements.txt").read_text())
     if unknown := set(options.only) - pins.keys():
-        parser.error(f"no pin of {', '.join(unknown)}; there are {', '.join(pins)}")
+        parser.error(f"no pin named {', '.join(unknown)}; try {', '.join(pins)}")
     python = install(loosen(pins, options.only))
     changed = changes(python, pins)
-    print("\n".join(changed) or "every pin is the newest release already")
+    print("\n".join(changed) or "every pin is already the newest release")
     if not changed:
         return 0
     tests = run(python, "-m", "pytest", "-q", *([] if options.all else QUICK))

@@ -58,9 +58,9 @@ def summary(executed: Path) -> str:
 
 
 def write_readme(name: str, printed: str, readme: Path = ROOT / "README.md") -> bool:
-    """Put a notebook's summary into the README; whether it is of the demo preset.
+    """Write a notebook's summary into the README; returns whether the preset is demo.
 
-    The speed stays out: it is another one each time.
+    The speed is left out, because it differs each time.
     """
     if not re.search(r"^preset +demo$", printed, re.MULTILINE):
         return False
@@ -86,7 +86,7 @@ def main() -> None:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
     parser.add_argument(
-        "--write_readme", action="store_true", help="keep what was proved in README.md"
+        "--write_readme", action="store_true", help="write the results into README.md"
     )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder to write to")
     arguments = parser.parse_args()
@@ -101,8 +101,8 @@ def main() -> None:
         printed = summary(executed)
         print(printed)
         if arguments.write_readme and not write_readme(notebook.stem, printed):
-            print("README.md is left as it is: its figures are those of the demo.")
-        print("Look at:", *(f"\n  {page}" for page in [executed, *pages]), sep="")
+            print("README.md is left unchanged: its figures are from the demo.")
+        print("Open:", *(f"\n  {page}" for page in [executed, *pages]), sep="")
 
 
 if __name__ == "__main__":

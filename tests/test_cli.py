@@ -364,4 +364,4 @@ def test_mlflow_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
         assert cli.main("fsdp", "", [*demo, "--report_to", "mlflow"]) == 2
     finally:
         ray.shutdown()
-    assert "report_to='mlflow' must find the library" in capsys.readouterr().err
+    assert "report_to='mlflow' must find the MLflow library" in capsys.readouterr().err

@@ -226,7 +226,7 @@ def test_model_that_cannot_be_used(check, tmp_path, text):
 
 @pytest.mark.parametrize("name", ["no-such/model", "/no/such/directory"])
 def test_model_that_does_not_exist(check, name):
-    message = refuse_field(check, "model_name", name, "a model the Hub knows")
+    message = refuse_field(check, "model_name", name, "a model on the Hub")
     assert "try 'Qwen/Qwen2.5-0.5B'" in message
 
 
@@ -356,7 +356,8 @@ def test_making_a_config_opens_no_file_and_no_socket():
 @pytest.mark.parametrize("field", ["storage_path", "cache_dir", "export_to"])
 def test_a_folder_that_cannot_be_made(check, tmp_path, field):
     (tmp_path / "file").touch()
-    message = refuse_field(check, field, str(tmp_path / "file" / "x"), "can be written")
+    inside = str(tmp_path / "file" / "x")
+    message = refuse_field(check, field, inside, "must be a writable folder")
     assert proposal(message) == "/tmp/tp2d"
 
 

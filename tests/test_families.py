@@ -43,7 +43,7 @@ REASONS = {  # words of an error -> what the table says
     "moe_tp_experts": "experts",
     "must publish a tp_plan": "no plan of its own",
     "colwise_gather_output|rowwise_split_input": "its plan gathers inside a block",
-    "knows eager attention only": "eager attention only",
+    "supports eager attention only": "eager attention only",
     "must name weights as the model does": "its files use other names",
 }
 # Settings for AutoTP where it refuses the default.

@@ -77,7 +77,11 @@ def test_compiled_equals_plain(engine, plain, pools):
 @pytest.mark.parametrize(
     ("engine", "settings", "sentence"),
     [
-        (fsdp, {"autocast": True, "dtype": "float32"}, "autocast=True must go with bf"),
+        (
+            fsdp,
+            {"autocast": True, "dtype": "float32"},
+            "autocast=True must be combined with bf",
+        ),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
         (autotp, {"async_checkpoint": True}, "async_checkpoint=True must be left to"),
     ],

@@ -1,6 +1,6 @@
 """The command line of both engines: flags from TrainConfig, errors in one sentence.
 
-What is slow to import is imported inside functions, so that ``--help`` need not wait.
+Slow modules are imported inside functions, so that ``--help`` does not wait for them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import yaml
 
 from tp2d_lib.config import ConfigError, TrainConfig, closest
 
-FLAGS = {"batch_size_per_gpu": "batch_size"}  # the one flag that is not its field
-GROUPS = {  # a group begins with a field
+FLAGS = {"batch_size_per_gpu": "batch_size"}  # the only flag not named after its field
+GROUPS = {  # the field that begins a group of flags -> its title
     "model_name": "model and data",
     "tp_size": "mesh",
     "batch_size_per_gpu": "training",
@@ -32,12 +32,12 @@ ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields'
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     """One flag for each field of TrainConfig that the engine reads.
 
-    A flag that is not given sets nothing, so that a file or the demo can.
+    A flag that is not given sets no value, so that the file's or the demo's applies.
     """
     parser = argparse.ArgumentParser(
         description=description, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="values; flags win")
+    parser.add_argument("--config", metavar="FILE.yaml", help="values; flags override")
     parser.add_argument(
         "--offline_demo",
         action="store_true",
@@ -46,7 +46,7 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, print mesh, memory, traffic and steps, and stop",
+        help="check everything, print mesh, memory, traffic and steps, then exit",
     )
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
@@ -80,7 +80,7 @@ def options(f, hints: dict) -> dict[str, Any]:
 
 
 def read_config(given: dict[str, Any]) -> TrainConfig:
-    """Defaults, then the demo's values, then the file's, then flags.
+    """Defaults, the demo's values, the file's, then flags; later ones override.
 
     Raises:
         ConfigError: a value or a combination that is not allowed.
@@ -112,10 +112,10 @@ def read_file(path: str | None) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text("utf-8")) or {}
         if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}, no keys")
+            raise ValueError(f"it holds a {type(values).__name__}, not keys")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"config={path!r} must be a YAML file ({error}); try one line, 'tp_size: 2'"
+            f"config={path!r} must be a YAML file ({error}); try the line 'tp_size: 2'"
         ) from error
     names = {f.name: f.name for f in fields(TrainConfig)}
     names |= {flag: name for name, flag in FLAGS.items()}
@@ -143,7 +143,7 @@ def check_run_exists(config: TrainConfig) -> None:
 
 
 def main(engine: str, description: str, argv: list[str] | None = None) -> int:
-    """Run a command: 0 done, 2 bad input, 1 failed training.
+    """Run a command; returns 0: done, 2: bad input, 1: training failed or stopped.
 
     Args:
         engine: the module with the engine, "fsdp" or "autotp".
@@ -151,7 +151,7 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     given = vars(build_parser(engine, description).parse_args(argv))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         return run_command(engine, given, argv)
     except KeyboardInterrupt:
@@ -179,7 +179,7 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
 
 
 def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
-    """Too few GPUs only cause a note in a dry run, so that a laptop may ask."""
+    """In a dry run, too few GPUs only cause a note, so that a laptop can predict."""
     from tp2d_lib import launch
 
     try:

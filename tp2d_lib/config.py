@@ -1,4 +1,4 @@
-"""TrainConfig: everything a run needs; values only, no file and no network."""
+"""TrainConfig: every setting of a run; values only, no file or network access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ConfigError", "TrainConfig", "closest"]
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its help text and, where closed, its choices."""
+    """A dataclass field with its help text and, for a closed set, its choices."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -22,13 +22,13 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
 class TrainConfig:
     """One frozen description of a training run.
 
-    Making one checks types, ranges, choices and combinations of its own fields, and
-    makes local paths absolute; no file is opened. What needs the model, the dataset,
-    the storage or the hardware is checked by an engine's ``check(config)``, in the
-    driver before any worker starts.
+    Creating one checks the types, ranges, choices and combinations of its fields and
+    makes local paths absolute; no file is opened. What depends on the model, the
+    dataset, the storage or the hardware is checked by an engine's ``check(config)``,
+    in the driver, before any worker starts.
 
     Raises:
-        ConfigError: one sentence with the field, the value, the rule and a way out.
+        ConfigError: one sentence: the field, the value, the rule, a value that works.
     """
 
     model_name: str = setting(
@@ -45,7 +45,7 @@ class TrainConfig:
     )
     dataset_split: str = setting("train", "split of the dataset to train on")
     dataset_percentage: float = setting(
-        100.0, "use the first p percent of the rows: train[:p%%]"
+        100.0, "use the first p percent of the documents: train[:p%%]"
     )
     text_column: str = setting("text", "column that holds the text")
     seq_length: int = setting(2048, "tokens in one row of a batch")
@@ -54,15 +54,15 @@ class TrainConfig:
     )
     preprocessing_num_workers: int = setting(1, "processes that tokenise")
     prepared_data: str | None = setting(
-        None, "folder of rows made by data.prepare; left out: prepared before the run"
+        None, "folder of rows from data.prepare; if omitted, prepared before the run"
     )
 
     eval_dataset: str | None = setting(
-        None, "held-out dataset directory or Hub name; left out: the dataset's own"
+        None, "held-out dataset directory or Hub name; if omitted, the training dataset"
     )
     eval_split: str = setting("validation", "split of the held-out data")
     prepared_eval_data: str | None = setting(
-        None, "folder of held-out rows; left out: prepared before the run"
+        None, "folder of held-out rows; if omitted, prepared before the run"
     )
 
     tp_size: int = setting(1, "tensor-parallel size: ranks that share each layer")
@@ -70,31 +70,31 @@ class TrainConfig:
         1, "data-parallel size: groups of ranks that read different rows"
     )
     num_workers: int | None = setting(
-        None, "number of ranks; left out: tp_size * dp_size"
+        None, "number of ranks; if omitted, tp_size * dp_size"
     )
 
-    batch_size_per_gpu: int = setting(1, "rows in one micro-batch of a dp rank")
-    gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
+    batch_size_per_gpu: int = setting(1, "rows per micro-batch on each dp rank")
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
     num_epochs: int = setting(3, "passes over the data")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
     optimizer: str = setting("adamw", "optimizer", ("adamw", "sgd"))
     learning_rate: float = setting(1e-5, "peak learning rate")
     lr_scheduler_type: str = setting(
-        "cosine", "shape after the linear warm-up", ("cosine", "constant")
+        "cosine", "schedule after the linear warm-up", ("cosine", "constant")
     )
-    warmup_ratio: float = setting(0.03, "share of the steps used for warm-up, 0 to 1")
+    warmup_ratio: float = setting(0.03, "fraction of steps used for warm-up, 0 to 1")
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
     zero_stage: int = setting(
-        1, "DeepSpeed: ZeRO stage, what is partitioned over dp, 0 to 3"
+        1, "DeepSpeed: ZeRO stage, 0 to 3: what is partitioned over dp"
     )
     tp_preset: str | None = setting(
         None,
-        "DeepSpeed: built-in rules for sharding over tp; left out: the model's own",
+        "DeepSpeed: built-in rules for sharding over tp; if omitted, the model's own",
         ("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3"),
     )
     partition_config: dict | str | None = setting(
-        None, "DeepSpeed: your own rules for sharding over tp, as a JSON file"
+        None, "DeepSpeed: your own rules for sharding over tp, as JSON or a JSON file"
     )
     vocab_parallel_lm_head: bool = setting(
         True, "DeepSpeed: shard embedding, head and loss over the vocabulary"
@@ -107,8 +107,8 @@ class TrainConfig:
     )
     dtype: str = setting(
         "auto",
-        "compute type; auto: bfloat16 where the hardware has it, else float32; "
-        "float16 (DeepSpeed) scales the loss",
+        "compute type; auto: bfloat16 if the hardware supports it, else float32; "
+        "float16 (DeepSpeed) uses loss scaling",
         ("auto", "bfloat16", "float32", "float16"),
     )
     autocast: bool = setting(
@@ -116,43 +116,47 @@ class TrainConfig:
         "FSDP2: compute in bfloat16 with torch.autocast, norms and loss in float32; "
         "weights are communicated in float32",
     )
-    compile: bool = setting(False, "torch.compile attention and MLP of each layer")
+    compile: bool = setting(False, "torch.compile the attention and MLP of each layer")
     bf16_master_weights: bool = setting(
         False,
-        "DeepSpeed: bfloat16 masters and optimizer state; less memory, lost updates",
+        "DeepSpeed: keep master weights and optimizer state in bfloat16; saves memory, "
+        "but loses small updates",
     )
     activation_checkpointing: bool = setting(
         False, "recompute each layer in backward instead of storing its activations"
     )
 
     storage_path: str = setting(
-        "/mnt/cluster_storage", "where runs are kept; every node must see it"
+        "/mnt/cluster_storage", "where runs are stored; every node must have access"
     )
     cache_dir: str | None = setting(
-        None, "where tokenised rows are kept; left out: storage_path/data"
+        None, "where tokenised rows are stored; if omitted, storage_path/data"
     )
     run_name: str | None = setting(
-        None, "name of the run; left out: made from the time"
+        None, "name of the run; if omitted, made from the time"
     )
     resume_from_checkpoint: str | None = setting(
         None, "checkpoint folder a new run starts from, written on any mesh"
     )
     eval_every: int = setting(
-        0, "steps between validation losses, and one at the end; 0: none"
+        0, "steps between validation losses, plus one at the end; 0: none"
     )
-    checkpoint_every: int = setting(100, "steps between checkpoints; 0: only the last")
+    checkpoint_every: int = setting(
+        100, "steps between checkpoints, and one at the end; 0: that one"
+    )
     async_checkpoint: bool = setting(
-        False, "FSDP2: write checkpoints while training goes on"
+        False, "FSDP2: write checkpoints while training continues"
     )
     save_total_limit: int = setting(2, "checkpoints to keep")
-    max_failures: int = setting(3, "times a run restarts after losing a worker")
+    max_failures: int = setting(3, "restarts allowed after losing a worker")
     log_interval: int = setting(10, "steps between log lines")
     report_to: str | None = setting(
-        None, "log there as well; TensorBoard is always written", ("mlflow",)
+        None, "log there as well; TensorBoard logs are always written", ("mlflow",)
     )
     profile_steps: int = setting(
         0,
-        "write a torch.profiler trace of this many steps, after the first, to the run",
+        "write a torch.profiler trace of this many steps, after the first, to the "
+        "run's folder",
     )
     export_to: str | None = setting(
         None, "write the trained model here as plain Hugging Face safetensors"
@@ -177,5 +181,5 @@ class TrainConfig:
 
     @property
     def data_dir(self) -> Path:
-        """Folder of the tokenised rows, seen by every node."""
+        """Folder of the tokenised rows, visible to every node."""
         return Path(self.cache_dir or os.path.join(self.storage_path, "data"))

@@ -16,7 +16,7 @@ from tp2d_lib.config import ConfigError, TrainConfig
 
 
 def check(config: TrainConfig) -> None:
-    """Find what ``prepare`` would stumble over, without tokenising.
+    """Find, without tokenising, what would make ``prepare`` fail.
 
     Raises:
         ConfigError: the held-out data cannot be read, or has no such split.
@@ -27,7 +27,7 @@ def check(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig) -> Path | None:
-    """The rows of the held-out data, with none of its tokens dropped; driver only.
+    """Prepare the rows of the held-out data without dropping tokens; driver only.
 
     Raises:
         ConfigError: as in ``check``.
@@ -57,7 +57,7 @@ def held_out(config: TrainConfig) -> Iterator[TrainConfig]:
 def batches(config: TrainConfig, dp_rank: int) -> Iterator[dict[str, torch.Tensor]]:
     """This dp rank's micro-batches, as many as every other dp rank has.
 
-    Rows are dealt out in order; a row past the last one is all padding.
+    Rows are assigned in order; a row past the last one is all padding.
     """
     directory = Path(config.prepared_eval_data)
     rows = np.load(directory / "input_ids.npy", mmap_mode="r")
@@ -70,9 +70,9 @@ def batches(config: TrainConfig, dp_rank: int) -> Iterator[dict[str, torch.Tenso
 
 
 def evaluate(engine, config: TrainConfig) -> float:
-    """Mean loss of the held-out tokens, nats per token; every rank calls.
+    """Mean loss of the held-out tokens in nats per token; every rank must call it.
 
-    The first token of a row is predicted by nothing, so it is not counted.
+    Nothing predicts the first token of a row, so it is not counted.
     """
     dp = engine.mesh["dp"]
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)

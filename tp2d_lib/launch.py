@@ -1,4 +1,4 @@
-"""Start Ray, check and prepare the run, train on every worker."""
+"""Start Ray, check and prepare the run, and train on every worker."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tp2d_lib.monitor import failures, progress, reporting, signals
 
 WORKER_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # a rank that never reports
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports and the end are seen at once
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # to wait for a rank that never reports
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
 }
 
 
 def connect() -> None:
     """Join the running Ray cluster, or start one on this machine.
 
-    ``tp2d_lib`` travels to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
+    ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
     of your own beside a running one.
     """
     quiet()
@@ -62,18 +62,18 @@ def connect() -> None:
 
 
 def quiet() -> None:
-    """Turn off the progress bars of libraries, which would fill the page."""
-    import datasets  # here: slow, and workers do without
+    """Turn off the libraries' progress bars, which would fill the page."""
+    import datasets  # here: slow, workers do not need it
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
 
 
 def pickle_config_modules() -> None:
-    """Let notebook functions that use both ``dist`` and ``.config`` travel by value.
+    """Let notebook functions that use both ``dist`` and ``.config`` be sent by value.
 
-    cloudpickle takes the pair for ``torch.distributed.config``, one of PyTorch's
-    configuration modules, which do not pickle; pickle those as imports.
+    cloudpickle mistakes the pair for ``torch.distributed.config``, one of PyTorch's
+    configuration modules, which cannot be pickled; pickle them as imports instead.
     """
     for module in list(sys.modules.values()):
         if type(module).__name__ == "ConfigModuleInstance":
@@ -81,7 +81,7 @@ def pickle_config_modules() -> None:
 
 
 def as_yaml(config: TrainConfig) -> str:
-    """The configuration as the command lines read it with ``--config``."""
+    """The configuration as YAML, which the commands read back with ``--config``."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
@@ -94,16 +94,16 @@ def run(
     config: TrainConfig,
     check: Callable[[TrainConfig], TrainConfig],
 ):
-    """Train: ``train_func(config)`` on ``config.num_workers`` Ray workers.
+    """Run ``train_func(config)`` on ``config.num_workers`` Ray workers.
 
-    The device is decided first, then the configuration checked and the data prepared,
-    all in the driver. A run that loses a worker restarts from its latest checkpoint,
-    ``max_failures`` times; a run started again with the same ``run_name`` and
-    ``storage_path`` resumes where it stopped, also on another mesh. Ctrl-C and SIGTERM
-    end it after the current step, with a checkpoint; a second one ends it at once.
+    First the device is chosen, then the configuration is checked and the data prepared,
+    all in the driver. A run that loses a worker restarts from its latest checkpoint, up
+    to ``max_failures`` times; a run started again with the same ``run_name`` and
+    ``storage_path`` resumes where it stopped, even on another mesh. Ctrl-C or SIGTERM
+    ends it after the current step, with a checkpoint; a second one ends it immediately.
 
     Args:
-        check: of the engine that ``train_func`` builds, ``fsdp.check`` or
+        check: that of the engine which ``train_func`` builds, ``fsdp.check`` or
             ``autotp.check``.
 
     Returns:
@@ -111,7 +111,7 @@ def run(
 
     Raises:
         ConfigError, PlanError: before any worker starts.
-        Stopped: by a signal.
+        Stopped: a signal ended the run early.
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
     """
     config = replace(config, device=pick_device(config))
@@ -119,7 +119,7 @@ def run(
 
 
 def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
-    """``run``, for a configuration that is checked and prepared."""
+    """``run`` for a configuration that is already checked and prepared."""
     connect()
     storage.write(config, "config.yaml", as_yaml(config).encode())
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
@@ -165,9 +165,9 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
 
 
 def fit(trainer: TorchTrainer, watcher: progress.Watcher):
-    """Ray's result, and a list with the name of the signal that came meanwhile.
+    """Train; returns Ray's result and a list with the name of any signal received.
 
-    Not in the main thread: there Ray handles Ctrl-C itself, and drops the run.
+    Ray runs in another thread: in the main one it handles Ctrl-C and abandons the run.
     """
     future: Future = Future()
 
@@ -186,10 +186,10 @@ def prepare(config: TrainConfig) -> TrainConfig:
     """Fill in what is decided once per run: its rows and its name.
 
     Raises:
-        ConfigError: the data gives too few rows.
+        ConfigError: the data yields too few rows.
     """
     rows, held_out = data.prepare(config), evaluate.prepare(config)
-    data.BatchLoader(config, rows, dp_rank=0)  # there is at least one global batch
+    data.BatchLoader(config, rows, dp_rank=0)  # raises if they fill no global batch
     return replace(
         config,
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
@@ -199,7 +199,7 @@ def prepare(config: TrainConfig) -> TrainConfig:
 
 
 def pick_device(config: TrainConfig) -> str:
-    """ "cuda" or "cpu"; joins Ray to see its GPUs, unless the CPU was asked for.
+    """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
 
     Raises:
         ConfigError: there are too few GPUs.

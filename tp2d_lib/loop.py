@@ -1,4 +1,4 @@
-"""The training loop: one, for every engine."""
+"""The training loop, one for every engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tp2d_lib.monitor.profile import profiler
 def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     """Train from the latest checkpoint, or from the start, to the end of the data.
 
-    When the driver asks to stop, the current step is the last, and is saved.
+    When the driver requests a stop, the current step is the last one and is saved.
     """
     state = checkpoint.restore(engine, config)
     loader.position = state["position"]
@@ -40,14 +40,14 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             evaluates = is_due(step, config.eval_every, step == total)
             saves = is_due(step, config.checkpoint_every, last) or last
             if saves or evaluates or step % config.log_interval == 0:
-                metrics.log(step, rate, loader.position)  # no step is left unlogged
+                metrics.log(step, rate, loader.position)  # no step goes unlogged
             if evaluates:
                 metrics.log_eval(step, evaluate(engine, config))
             if saves:
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history
                 checkpoint.commit(engine, state, config)
-                metrics.reset()  # saving is not training: leave it out of the speed
+                metrics.reset()  # exclude the time to save from the speed
             if stop:
                 break
     metrics.close()
@@ -56,7 +56,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
 
 
 def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something done every so many steps, 0 for never, is done now."""
+    """Whether a task done once per ``every`` steps (0: never) is due at this step."""
     return every > 0 and (last or step % every == 0)
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Where one world rank stands in the mesh."""
+    """The position of one world rank in the mesh."""
 
     rank: int
     dp_rank: int
@@ -41,7 +41,7 @@ def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceM
     """Build the two-dimensional mesh over an initialised process group.
 
     Args:
-        dp_size: rows; each row sees different data.
+        dp_size: rows; each row reads different data.
         tp_size: columns; the ranks of a row hold different shards of every layer.
         device_type: "cuda", "cpu", or "auto" for what this machine has.
 
@@ -50,7 +50,7 @@ def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceM
     """
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_type == "cuda":  # a launcher shows each rank all GPUs, or its own only
+    if device_type == "cuda":  # launchers expose all GPUs to a rank, or only its own
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     mesh = init_device_mesh(

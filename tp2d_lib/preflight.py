@@ -1,4 +1,4 @@
-"""What either engine's ``check`` asks first: model, data, storage, hardware."""
+"""What both ``check`` functions begin with: model, data, storage, hardware."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def check(config: TrainConfig) -> set[str]:
     """Find in the driver, before any worker starts, what does not fit together.
 
     Args:
-        config: with the device that the run will have.
+        config: with the device that the run will use.
 
     Returns:
         The names of the tensors in the model's files.
 
     Raises:
-        ConfigError: one sentence with the field, the value, the rule and a way out.
+        ConfigError: one sentence: the field, the value, the rule, a value that works.
     """
     guards.check_sizes(config)
     guards.check_compiler(config)

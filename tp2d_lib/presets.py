@@ -44,21 +44,21 @@ def choose(preset: str, gpus: int, num_workers: int) -> tuple[str, str]:
             f"try {closest(preset, names)!r}"
         )
     if preset != "auto":
-        return preset, "you asked for it"
+        return preset, "you requested it"
     if gpus >= num_workers:
         return "qwen2.5-0.5b", f"the cluster has {gpus} GPUs, {num_workers} are needed"
     return "demo", f"{num_workers} GPUs are needed, the cluster has {gpus}"
 
 
 def build_config(preset: str, storage_path: str | None, **settings) -> TrainConfig:
-    """The TrainConfig of a preset; a setting that is not None takes its place."""
+    """The TrainConfig of a preset; settings that are not None override its values."""
     values = preset_values(preset, storage_path or default_storage())
     values |= {name: value for name, value in settings.items() if value is not None}
     return TrainConfig(**values)
 
 
 def preset_values(preset: str, storage_path: str) -> dict:
-    """The fields that a preset sets; writes the demo's model and dataset."""
+    """The fields that a preset sets; for the demo, writes its model and dataset."""
     values = {"storage_path": storage_path, **PRESETS[preset]}
     if preset == "demo":
         remote = "://" in storage_path
@@ -75,7 +75,7 @@ def lesson_config(config: TrainConfig, **settings) -> TrainConfig:
 
 
 def default_storage() -> str:
-    """The cluster's shared folder where there is one, else a folder beside you."""
+    """A folder in the cluster's shared storage, if any, or in the current directory."""
     if os.path.isdir(CLUSTER_STORAGE):
         return os.path.join(CLUSTER_STORAGE, "tp2d")
     return os.path.abspath("tp2d_runs")

@@ -1,4 +1,4 @@
-"""What values a TrainConfig may have: types, ranges, choices, combinations, paths."""
+"""Which values a TrainConfig may have: types, ranges, choices, combinations, paths."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PATHS = (
     "resume_from_checkpoint",
     "export_to",
 )
-NAMES = ("model_name", "dataset_name", "eval_dataset")  # a folder, or on the Hub
+NAMES = ("model_name", "dataset_name", "eval_dataset")  # a folder, or a name on the Hub
 
 
 type_hints = cache(get_type_hints)  # resolving them takes longer than all the rest
@@ -131,10 +131,10 @@ def check_combinations(config: Any) -> None:
 
 
 def make_paths_absolute(config: Any) -> None:
-    """Ray starts a worker in a directory of its own, where a relative path misleads.
+    """Make local paths absolute: Ray starts each worker in a directory of its own.
 
-    A name that may also be one on the Hub is taken for a folder where it is written as
-    a path, or where there is one, as ``from_pretrained`` does. No file is opened.
+    A name that could also be on the Hub counts as a folder if it is written as a path
+    or if such a folder exists, as in ``from_pretrained``. No file is opened.
     """
     for name in (*PATHS, *NAMES):
         value = getattr(config, name)
@@ -153,7 +153,7 @@ def absolute(path: str) -> str:
 
 
 def closest(value: str, choices) -> str:
-    """The choice a typing mistake most likely meant."""
+    """The choice most similar to a mistyped value; the first if none is similar."""
     lowered = {choice.lower(): choice for choice in reversed(list(choices))}
     matches = difflib.get_close_matches(str(value).lower(), lowered, n=1)
     return lowered[matches[0]] if matches else next(iter(choices))

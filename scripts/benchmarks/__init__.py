@@ -1,1 +1,1 @@
-"""The comparisons of scripts/bench.py, a file for each subject."""
+"""The comparisons of scripts/bench.py, one file per subject."""

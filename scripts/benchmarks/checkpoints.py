@@ -18,7 +18,7 @@ from tp2d_lib.mesh import build_mesh
 
 @cache
 def saving_engine(storage: str, in_threads: bool):
-    """After a step, so that there is an optimizer state to save."""
+    """An engine after one step, so that it has an optimizer state to save."""
     config = bench_config(storage, 2, 2, async_checkpoint=in_threads)
     mesh = build_mesh(2, 2)
     engine = build_engine(config, mesh)
@@ -27,7 +27,7 @@ def saving_engine(storage: str, in_threads: bool):
 
 
 def standstill(storage: str, in_threads: bool) -> float:
-    """Milliseconds until training may go on; what is left is not counted."""
+    """Milliseconds until training can continue; later writing is not counted."""
     engine = saving_engine(storage, in_threads)
     with tempfile.TemporaryDirectory(dir=storage) as folder:
         dist.barrier()
@@ -49,7 +49,7 @@ def compare_checkpoints(rounds: int, storage: str) -> Table:
 
     with processes(4, threads=1) as ranks:
         measures = {
-            "at once": partial(slowest, ranks, False),
+            "synchronous": partial(slowest, ranks, False),
             "async_checkpoint": partial(slowest, ranks, True),
         }
         alternate(1, measures)

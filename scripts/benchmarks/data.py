@@ -1,4 +1,4 @@
-"""Data preparation: once for a run, against once in every worker."""
+"""Data preparation: once per run, against once in every worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prepare(config: TrainConfig, folder: str, workers: int, apart: bool) -> floa
 
 def compare_data(rounds: int, storage: str) -> Table:
     """4. Data preparation: data.prepare of ten times the demo corpus, into an empty
-    cache; once for the whole run, against once in every worker.
+    cache; once per run, against once in every worker.
     """
     dataset = f"{storage}/long"
     demo.write_dataset(Path(dataset), train=demo.paragraphs() * 10)
@@ -47,7 +47,7 @@ def compare_data(rounds: int, storage: str) -> Table:
         measures = {
             "once, 1 worker": seconds,
             "once, 4 workers: one works, 3 wait": partial(seconds, workers=4),
-            "4 workers, each for itself": partial(seconds, workers=4, apart=True),
+            "4 workers, each on its own": partial(seconds, workers=4, apart=True),
             "once, preprocessing_num_workers=4": partial(seconds, tokenising=4),
         }
         return "seconds", alternate(rounds, measures)

@@ -1,4 +1,4 @@
-"""Processes to measure in, rounds that alternate, and tables of ratios."""
+"""Processes to measure in, alternating rounds, and tables of ratios."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CORES = len(AFFINITY(0))
 
 @contextmanager
 def processes(count: int, threads: int) -> Iterator[Callable]:
-    """A gloo group; yields `run(function, *args)`: the answers, in rank order."""
+    """A gloo group; yields `run(function, *args)`: the results, in rank order."""
     spawn = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tp2d-bench-"))
@@ -35,13 +35,13 @@ def processes(count: int, threads: int) -> Iterator[Callable]:
         def run(function: Callable, *args) -> list:
             answers = [rank.submit(function, *args) for rank in ranks]
             for answer in as_completed(answers):
-                answer.result()  # the first exception, while others may wait for it
+                answer.result()  # raises the first error; others may be waiting
             return [answer.result() for answer in answers]
 
         try:
             yield run
         except BaseException:
-            for rank in ranks:  # whose end frees those who wait for it
+            for rank in ranks:  # whose end frees those that wait for it
                 with suppress(BrokenProcessPool):
                     rank.submit(os._exit, 1)
             raise

@@ -20,7 +20,7 @@ STATUS = Path("/proc/self/status")
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
+    """Bytes of this process that are not backed by a file."""
     [line] = [line for line in STATUS.read_text().splitlines() if "RssAnon" in line]
     return int(line.split()[1]) * 1024
 
@@ -100,7 +100,7 @@ def compare_memory(rounds: int, storage: str) -> Table:
         "largest rank of dp2 x tp2, AutoTP": partial(largest, 4, load_autotp),
     }
     values = alternate(min(rounds, 3), measures)  # slow to start, and hardly varies
-    return "x the whole model", {
+    return "x the full model", {
         f"{name}{moment}": [both[index] for both in values[name]]
         for index, moment in ((1, ", then written"), (0, ""))
         for name in measures

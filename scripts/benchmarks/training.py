@@ -1,4 +1,4 @@
-"""Trainings to time: step time on each mesh, the two engines, packed rows."""
+"""Training runs to time: step time on each mesh, the two engines, packed rows."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def autotp_training(
 
 @cache
 def plain_training(storage: str) -> Training:
-    """What one writes without this project, with the same rows and settings."""
+    """What you would write without this project, with the same rows and settings."""
     config = bench_config(storage, dp_size=1, tp_size=1)
     loader = data.BatchLoader(config, data.prepare(config), dp_rank=0)
     model = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
@@ -91,7 +91,7 @@ def burst(build: Callable, *args) -> tuple[float, int]:
 
 
 def step_time(run: Callable, build: Callable, *args) -> float:
-    """Milliseconds of a step, on the slowest rank."""
+    """Milliseconds per step, on the slowest rank."""
     return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
 
 
@@ -107,7 +107,7 @@ def compare_steps(rounds: int, storage: str) -> Table:
             name = f"mesh dp{dp} x tp{tp}, 4 processes x 1 thread"
             measures[name] = partial(step_time, ranks, mesh_training, storage, dp, tp)
         alternate(1, measures)  # the first steps are slow
-        return "ms a step", alternate(rounds, measures)
+        return "ms per step", alternate(rounds, measures)
 
 
 def compare_engines(rounds: int, storage: str) -> Table:
@@ -127,12 +127,12 @@ def compare_engines(rounds: int, storage: str) -> Table:
             compiled = time_of(autotp_training, storage, 1, True, True)
             measures["AutoTP, ZeRO 1, compiled"] = compiled
         alternate(1, measures)  # the first steps are slow
-        return "ms a step", alternate(rounds, measures)
+        return "ms per step", alternate(rounds, measures)
 
 
 def compare_packing(rounds: int, storage: str) -> Table:
-    """3. Packing: tokens that are not padding, trained on in a second by the dp2 x tp2
-    mesh; same corpus, 8 rows of 128 a step. Padded rows drop what does not fit.
+    """3. Packing: tokens that are not padding, trained on per second by the dp2 x tp2
+    mesh; same corpus, 8 rows of 128 per step. Padded rows drop what does not fit.
     """
 
     def token_rate(run: Callable, pack: bool) -> float:

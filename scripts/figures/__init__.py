@@ -1,1 +1,1 @@
-"""The figures of scripts/make_figures.py, a file for each group."""
+"""The figures of scripts/make_figures.py, one file per group."""

@@ -29,14 +29,14 @@ checkpoint/: write, verify, restore
 
 config.py: TrainConfig: values only
 mesh.py: the (dp, tp) device mesh
-validation.py: what values are allowed"""
+validation.py: which values are allowed"""
 
 LEFT, TOP, WIDTH, HEIGHT = 54, 76, 686, 64  # of the first band
 STEP, APART, PAD = 76, 56, 8
 
 
 def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -> None:
-    """A grey band, filled by boxes of one width: a name, and a few words about it."""
+    """A grey band with boxes of equal width, each with a name and a few words."""
     fig.rect(x, y, width, HEIGHT, BAND)
     w = (width - PAD) / len(boxes)
     for i, box in enumerate(boxes):
@@ -48,7 +48,7 @@ def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -
 
 
 def house() -> Figure:
-    """The house in one picture: imports run downward only
+    """The package in seven layers: imports run downward only
 
     Seven layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
     between them because they never import each other; launch, loop and preflight;

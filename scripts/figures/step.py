@@ -1,4 +1,4 @@
-"""One optimizer step, and what communicates when."""
+"""One optimizer step, and which groups communicate when."""
 
 from __future__ import annotations
 

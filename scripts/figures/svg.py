@@ -35,7 +35,7 @@ class Figure:
     """A growing list of SVG elements.
 
     Its alt text is `names`, the docstring of the function that draws it: the first
-    line is the title, which is also drawn, and the rest describes what there is to see.
+    line is the title, which is also drawn, and the rest describes the picture.
     """
 
     def __init__(self, width: int, height: int, names: str) -> None:
@@ -53,7 +53,7 @@ class Figure:
         self.parts.append(tag("rect", x=x, y=y, width=w, height=h, fill=fill, **style))
 
     def text(self, x: float, y: float, *lines: str, look: str = "") -> None:
-        """Lines centred on height y; `look` may say left, bold, small or large."""
+        """Lines centred on height y; `look` may contain left, bold, small or large."""
         size = 13 if "small" in look else 16 if "large" in look else 14
         style = {
             "fill": INK,

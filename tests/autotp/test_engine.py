@@ -119,7 +119,9 @@ def test_stage_0_in_half_precision_is_refused(models, tmp_path):
 
 def test_precisions_that_cannot_be_are_refused(models, tmp_path):
     config = make_config(models["llama"], str(tmp_path), 2, 2, 1, VARIANTS[0])
-    with pytest.raises(ConfigError, match="bf16_master_weights=True must go with"):
+    with pytest.raises(
+        ConfigError, match="bf16_master_weights=True must be combined with"
+    ):
         autotp.check(replace(config, bf16_master_weights=True))
     if not get_accelerator().is_fp16_supported():
         with pytest.raises(ConfigError, match="dtype='float16' must run on a GPU"):

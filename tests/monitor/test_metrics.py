@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from tp2d_lib.monitor.metrics import flops_per_token
+from tp2d_lib.monitor.metrics import flops_per_token, peak_flops
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
@@ -30,3 +30,18 @@ def test_flops_count_what_multiplies(kind, tied):
     attention = 12 * 2 * 32 * 64
     expected = 6 * linear + attention
     assert flops_per_token(model, 64) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA RTX A1000", None),  # no A100
+        ("NVIDIA L40", None),  # no L4
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak

@@ -58,3 +58,11 @@ def test_all_ranks_get_the_same_last_step():
     assert [actor.is_last(3), actor.is_last(3)] == [True, True]
     actor.stop()  # again changes nothing
     assert actor.is_last(3)
+
+
+def test_a_process_with_jupyters_libraries_is_no_notebook():
+    """Such as one that runs notebooks: there is no page to update."""
+    import ipykernel  # noqa: F401
+    import IPython  # noqa: F401
+
+    assert progress.display_in_notebook() is None

@@ -8,7 +8,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 TIMEOUT_S = 120
-PRELOAD = ["torch", "transformers", "tp2d_lib.autotp", "tp2d_lib.fsdp"]
+# Ranks, and the processes of dry runs, are forked from one that has these loaded.
+FORKSERVER = multiprocessing.get_context("forkserver")
+LOADED = ["torch._dynamo", "transformers.models.llama.modeling_llama"]
+FORKSERVER.set_forkserver_preload(["tp2d_lib.autotp", "tp2d_lib.fsdp", *LOADED])
 
 
 def serve(rank: int, world_size: int, store: str, pipe) -> None:
@@ -34,12 +37,10 @@ class Pool:
     def __init__(self, world_size: int):
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.pipes, self.processes = [], []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = FORKSERVER.Pipe()
+            process = FORKSERVER.Process(
                 target=serve, args=(rank, world_size, store, theirs), daemon=True
             )
             process.start()

@@ -32,7 +32,7 @@ from tp2d_lib.model.guards import (
     probe,
 )
 
-TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
+TAG = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 LAYOUT_FILE = "layout.json"
 
 
@@ -51,7 +51,7 @@ def train_step(
     for micro in batch:
         loss = forward(engine, micro, valid)
         total += loss.detach()
-        # DeepSpeed averages over dp and micro-batches; the sum is wanted.
+        # DeepSpeed averages over dp and micro-batches; we need the sum.
         wrapped.backward(loss * dp.size() * len(batch))
         if wrapped.is_gradient_accumulation_boundary():
             engine.check_first_gradients()
@@ -66,7 +66,7 @@ def train_step(
 def forward(
     engine: AutoTPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
-    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
+    """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
     return engine.wrapped(
         input_ids=micro["input_ids"].to(engine.device, non_blocking=True),
         labels=micro["labels"].to(engine.device, non_blocking=True),
@@ -76,10 +76,10 @@ def forward(
 
 
 def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
-    """The norm at stage 0 in float32, where DeepSpeed clips but returns no norm."""
+    """The norm at ZeRO 0 in float32, where DeepSpeed returns none; otherwise None."""
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
         return None
-    parts = torch.zeros(2, device=engine.device)  # sharded over tp, replicated
+    parts = torch.zeros(2, device=engine.device)  # of sharded, of replicated parameters
     for parameter in engine.model.parameters():
         parts[0 if is_sharded(parameter) else 1] += parameter.grad.square().sum()
     dist.all_reduce(parts[0], group=engine.mesh.get_group("tp"))
@@ -102,13 +102,14 @@ def build_engine(
 ) -> AutoTPEngine:
     """Load the model on every rank and let DeepSpeed shard it.
 
-    A process keeps the first mesh it was given: DeepSpeed holds it globally. A notebook
-    passes its own ``deepspeed_config`` and ``train_step``, a dry run an empty model.
+    A process keeps its first mesh, because DeepSpeed stores it globally. A notebook
+    passes its own ``deepspeed_config`` and ``train_step``; a dry run passes a ``load``
+    that returns an empty model.
     """
     own_rules = rules.read(config.partition_config)
     config = replace(config, device=mesh.device_type, partition_config=own_rules)
-    check_precision(config)  # for a caller who did not check in the driver
-    # Equal dropout on all tp ranks: the residual stream is replicated over them.
+    check_precision(config)  # for callers that did not check in the driver
+    # The same dropout on all tp ranks: they replicate the residual stream.
     torch.manual_seed(config.seed + mesh["dp"].get_local_rank())
     init_deepspeed(mesh)
     model = load(config)
@@ -137,7 +138,7 @@ def build_engine(
 def init_deepspeed(mesh: DeviceMesh) -> None:
     """Let DeepSpeed use the existing process group, without printing."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if mesh.device_type == "cpu":  # an optional kernel that needs a C++ compiler
+    if mesh.device_type == "cpu":  # turn off a kernel that needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
 
@@ -176,10 +177,10 @@ class AutoTPEngine:
         return forward(self, micro, torch.ones((), device=self.device))
 
     def save(self, directory: str | Path) -> None:
-        """Write DeepSpeed's checkpoint and this rank's generators; every rank calls."""
+        """Write DeepSpeed's checkpoint and the RNG states; every rank must call it."""
         directory = Path(directory)
         self.wrapped.save_checkpoint(str(directory), tag=TAG)
-        if self.mesh["tp"].get_local_rank() == 0:  # the other tp ranks have the same
+        if self.mesh["tp"].get_local_rank() == 0:  # equal on the other tp ranks
             torch.save(rng.states(self.device), directory / self.rng_file())
         if dist.get_rank() == 0:
             (directory / LAYOUT_FILE).write_text(
@@ -188,7 +189,7 @@ class AutoTPEngine:
         dist.barrier()
 
     def load(self, directory: str | Path) -> None:
-        """Read them back, also on another mesh; every rank calls."""
+        """Load a checkpoint, from this mesh or another one; every rank must call it."""
         directory = Path(directory)
         stored = json.loads((directory / LAYOUT_FILE).read_text())
         if stored == universal.layout(self.config):
@@ -196,11 +197,11 @@ class AutoTPEngine:
         else:
             universal.check(stored, self.config, directory)
             with universal.converted(directory / TAG) as folder:
-                self.wrapped._config.load_universal_checkpoint = True  # no public way
+                self.wrapped._config.load_universal_checkpoint = True  # no public API
                 self.load_deepspeed(folder, universal.TAG)
                 self.wrapped._config.load_universal_checkpoint = False
         own = directory / self.rng_file()
-        if own.exists():  # else there were fewer dp ranks
+        if own.exists():  # missing if saved with fewer dp ranks
             rng.restore(torch.load(own, weights_only=True))
 
     def rng_file(self) -> str:
@@ -212,9 +213,9 @@ class AutoTPEngine:
             raise FileNotFoundError(f"{directory} must hold a DeepSpeed checkpoint")
 
     def export(self, directory: str | Path) -> None:
-        """Write plain safetensors, config and tokenizer; every rank calls.
+        """Write plain safetensors, config and tokenizer; every rank must call it.
 
-        The weights are gathered on rank 0, in the type of the model they started from.
+        The weights are gathered on rank 0, in the dtype of the original model.
         """
         if self.config.tp_size > 1 or self.config.zero_stage == 3:
             # The public save_16bit_model gathers over dp (stage 3) but not over tp.
@@ -228,7 +229,7 @@ class AutoTPEngine:
 
 def train_func(config: TrainConfig) -> None:
     """What every worker runs."""
-    from tp2d_lib import loop  # here: it needs Ray, which an engine does without
+    from tp2d_lib import loop  # here: it needs Ray, an engine does not
 
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     engine = build_engine(config, mesh, deepspeed_config, train_step)

@@ -15,21 +15,21 @@ from transformers import PreTrainedModel
 
 
 def shard_untied_embedding(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard an embedding over the vocabulary; AutoTP only does so for a tied one."""
+    """Shard an untied embedding over the vocabulary; AutoTP shards only a tied one."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         return
     set_autotp_mode(training=True)
     group = mesh.get_group("tp")
     sharded = VocabParallelEmbedding(embedding, group, name="embed_tokens")
-    sharded.replaced = True  # AutoTP leaves it as it is
+    sharded.replaced = True  # so that AutoTP leaves it as it is
     model.set_input_embeddings(sharded)
 
 
 def set_local_heads(model: PreTrainedModel, tp_size: int) -> None:
-    """Tell attention how many heads its shard of a fused query, key and value has.
+    """Give attention the number of heads in its shard of a fused query, key and value.
 
-    Phi-3 takes the number of heads from the configuration that all modules share.
+    Phi-3 reads the number of heads from the configuration that all modules share.
     """
     for module in model.modules():
         fused = any(isinstance(part, SubParamLinearLayer) for part in module.children())

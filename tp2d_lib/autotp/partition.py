@@ -1,4 +1,4 @@
-"""What DeepSpeed shards: by your rules, a preset, the model's plan or heuristics."""
+"""What DeepSpeed shards, by your rules, a preset, the model's plan or heuristics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from tp2d_lib.config import TrainConfig, closest
 from tp2d_lib.model import PlanError
 
-# Their fused weights keep a head's query, key and value together: plain columns.
+# Their fused weights store query, key and value head by head: shard plain columns.
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
-PUBLISHED = "the model's tp_plan"  # the one source that is not the user's doing
+PUBLISHED = "the model's tp_plan"  # rules that the user did not choose
 
 
 def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]:
@@ -50,7 +50,7 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]
 
 
 def describe(source: str, config: TrainConfig) -> str:
-    """The log line: where the plan comes from, how the vocabulary is kept."""
+    """For the log: where the rules come from, and how the vocabulary is kept."""
     if config.tp_size == 1:
         return "tp_size=1: nothing is sharded over tp"
     vocabulary = "sharded" if config.vocab_parallel_lm_head else "replicated"
@@ -78,7 +78,7 @@ def check(model: nn.Module, config: TrainConfig) -> str:
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is not None
     }
-    if source != PUBLISHED:  # which may name parts of larger siblings
+    if source != PUBLISHED:  # a published plan may name parts of larger siblings
         check_every_rule_matches(source, rules, weights)
     found = match(rules, weights, model.config.model_type)
     check_vocabulary(source, found, model, config)
@@ -100,7 +100,7 @@ def check(model: nn.Module, config: TrainConfig) -> str:
 
 
 def check_vocabulary_can_be_sharded(model: nn.Module) -> None:
-    """DeepSpeed only replaces plain embeddings and heads, and the usual loss."""
+    """DeepSpeed replaces only plain embeddings and heads, and the standard loss."""
     try:
         VocabParallelEmbedding.validate_embedding(model.get_input_embeddings())
         validate_vocab_parallel_loss(model)
@@ -118,7 +118,7 @@ def check_every_rule_matches(source: str, rules: list, weights: dict) -> None:
                 near = closest(pattern, list(weights))
                 raise PlanError(
                     f"{source}: the pattern {pattern!r} must match the name of a "
-                    f"weight, but matches none; a name of the model is {near!r}"
+                    f"weight, but matches none; the model has names such as {near!r}"
                 )
 
 
@@ -133,7 +133,7 @@ def match(rules: list, weights: dict, model_type: str) -> dict:
 
 
 def check_vocabulary(source: str, found: dict, model: nn.Module, config: TrainConfig):
-    """Embedding and head are sharded together, by ``vocab_parallel_lm_head``."""
+    """Check that no rule shards the embedding, or the head without gathering it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in model.named_modules():
         rule = found.get(f"{name}.weight")
@@ -152,7 +152,7 @@ def check_vocabulary(source: str, found: dict, model: nn.Module, config: TrainCo
 
 
 def check_block(source: str, name: str, block: dict, hf) -> None:
-    """In a sharded block, columns feed rows and every Linear takes part."""
+    """Check that a sharded block shards every Linear, by columns and then by rows."""
     sharded = {n: rule for n, (rule, _) in block.items() if is_sharded(rule)}
     if not sharded:
         return
@@ -185,7 +185,7 @@ def check_block(source: str, name: str, block: dict, hf) -> None:
 
 
 def parts_of(columns: int, rule) -> list[int]:
-    """Columns of each of the weights that a rule takes a fused weight for."""
+    """Columns of each part into which a rule splits a fused weight."""
     if sizes := rule.get_sub_param_sizes():
         return list(sizes)
     count = rule.get_num_sub_params() or 1

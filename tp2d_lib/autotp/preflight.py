@@ -1,4 +1,4 @@
-"""What the DeepSpeed engine can train, found out in the driver."""
+"""What the DeepSpeed engine can train, checked in the driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(config: TrainConfig) -> TrainConfig:
     """Find in the driver, before any worker starts, what cannot be trained.
 
     Args:
-        config: with the device that the run will have.
+        config: with the device that the run will use.
 
     Returns:
         The configuration for the workers, with the rules of ``partition_config`` read
@@ -25,10 +25,10 @@ def check(config: TrainConfig) -> TrainConfig:
 
     Raises:
         ConfigError: a value that the model, the data, the storage or the hardware does
-            not allow, or a precision that the ZeRO stage does not.
+            not allow, or a precision that the ZeRO stage does not allow.
         PlanError: rules that match nothing, or shard half of a pair.
     """
-    from tp2d_lib import preflight  # here: it needs Ray, which an engine does without
+    from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
@@ -51,7 +51,7 @@ def check_precision(config: TrainConfig) -> None:
     dtype, _ = pick_dtype(config, where)
     half = dtype in (torch.bfloat16, torch.float16)
     if config.zero_stage == 0 and half and config.tp_size > 1:
-        # DeepSpeed 0.19.8 takes a tp rank's share of the norm for the global norm.
+        # DeepSpeed 0.19.8 mistakes a tp rank's share of the norm for the global norm.
         raise ConfigError(
             f"zero_stage=0 cannot be combined with {config.dtype} and "
             f"tp_size={config.tp_size}, because DeepSpeed then clips to a wrong "
@@ -61,13 +61,13 @@ def check_precision(config: TrainConfig) -> None:
         dtype != torch.bfloat16 or config.zero_stage == 0
     ):
         raise ConfigError(
-            f"bf16_master_weights=True must go with bfloat16 and ZeRO 1 to 3, not with "
-            f"{dtype} and zero_stage={config.zero_stage}; try dtype='bfloat16' and "
-            "zero_stage=1"
+            "bf16_master_weights=True must be combined with bfloat16 and ZeRO 1 to 3, "
+            f"not with {dtype} and zero_stage={config.zero_stage}; try "
+            "dtype='bfloat16' and zero_stage=1"
         )
     on_cpu = dtype == torch.float16 and where == "cpu"
     if on_cpu and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            "dtype='float16' must run on a GPU, or a CPU that computes in float16; "
+            "dtype='float16' must run on a GPU, or on a CPU that supports float16; "
             "try dtype='bfloat16'"
         )

@@ -1,4 +1,4 @@
-"""partition_config: your own rules of what DeepSpeed shards, read and checked."""
+"""partition_config: your own rules for what DeepSpeed shards, read and checked."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ EXAMPLE = (
 
 
 def read(value: dict | str | None) -> dict | None:
-    """Rules as a dictionary, from one, from JSON text or from a JSON file.
+    """The rules as a dictionary, from a dictionary, JSON text or a JSON file.
 
     Raises:
-        ConfigError: no such file, not JSON, an unknown key, an empty rule.
+        ConfigError: no such file, not JSON, an unknown key or value, an empty rule.
     """
     if isinstance(value, str):
         try:

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints on another mesh, by Universal Checkpoint."""
+"""DeepSpeed checkpoints loaded on another mesh, through Universal Checkpoint."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
 
 
 def layout(config: TrainConfig) -> dict:
-    """What determines the layout of DeepSpeed's files; another one needs converting."""
+    """What determines the layout of DeepSpeed's files; any other must be converted."""
     names = LAYOUT + (PLAN if config.tp_size > 1 else ())
     return {name: getattr(config, name) for name in names}
 
 
 def check(stored: dict, config: TrainConfig, directory: Path) -> None:
-    """Universal Checkpoint converts AdamW's state, written by ZeRO 1 and 2, or by 3.
+    """Refuse what Universal Checkpoint cannot convert.
+
+    It converts the state of AdamW, from ZeRO 1 or 2 to 1 or 2, and from 3 to 3.
 
     Raises:
-        ConfigError: a setting that it does not convert.
+        ConfigError: the optimizer or the ZeRO stage cannot be converted.
     """
     before, now = stored["zero_stage"], config.zero_stage
     wrote = ", ".join(f"{name}={stored[name]}" for name in LAYOUT)
     if config.optimizer != "adamw":
         raise ConfigError(
             f"optimizer={config.optimizer!r} must be 'adamw' to load {directory} in "
-            f"another layout than its own, {wrote}"
+            f"a layout other than its own, {wrote}"
         )
     if not before or not now or (before == 3) != (now == 3):
         raise ConfigError(
             f"zero_stage={now} cannot load {directory}, written with {wrote}: "
-            "Universal Checkpoint converts among stages 1 and 2, and 3 to 3; "
+            "Universal Checkpoint converts between stages 1 and 2, and from 3 to 3; "
             f"try zero_stage={before} on the same mesh"
         )
 
@@ -56,9 +58,9 @@ class ConversionError(RuntimeError):
 
 @contextmanager
 def converted(checkpoint: Path) -> Iterator[Path]:
-    """A folder with the converted checkpoint, made once per node; every rank calls.
+    """A folder with the converted checkpoint, one per node; every rank must enter it.
 
-    It lies in the node's temporary folder (``TMPDIR``) and takes 12 bytes a parameter.
+    It is in the node's temporary folder (``TMPDIR``); it takes 12 bytes per parameter.
 
     Args:
         checkpoint: the folder with DeepSpeed's own files.
@@ -82,7 +84,7 @@ def converted(checkpoint: Path) -> Iterator[Path]:
 
 
 def convert(source: Path, target: Path) -> str | None:
-    """Run DeepSpeed's converter; returns its last line when it fails."""
+    """Run DeepSpeed's converter; returns its last error line if it fails."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),

@@ -9,7 +9,7 @@ from tp2d_lib.model import device_type, pick_dtype
 
 
 def deepspeed_config(config: TrainConfig) -> dict:
-    """The dictionary that DeepSpeed reads, complete."""
+    """The complete configuration dictionary for DeepSpeed."""
     where = device_type(config)
     on_gpu = where == "cuda"  # CPUs have no second stream to overlap with
     dtype, _ = pick_dtype(config, where)
@@ -24,7 +24,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
             "preset_model": config.tp_preset,
             "partition_config": config.partition_config,
             "vocab_parallel_lm_head": shards_vocabulary(config),
-            "tp_overlap_comm": True,  # with computing the gradient of that weight
+            "tp_overlap_comm": True,  # with computing the weight's gradient
         },
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -32,16 +32,16 @@ def deepspeed_config(config: TrainConfig) -> dict:
             "reduce_bucket_size": 50_000_000,  # its default, 5e8, is a buffer of 2 GB
             "stage3_gather_16bit_weights_on_model_save": True,  # for export
         },
-        "bf16": {  # fp32 masters, unless asked otherwise
+        "bf16": {  # fp32 masters unless configured otherwise
             "enabled": dtype == torch.bfloat16,
             "bf16_master_weights_and_grads": config.bf16_master_weights,
             "bf16_optimizer_states": config.bf16_master_weights,
         },
         "fp16": {"enabled": dtype == torch.float16},  # with dynamic loss scaling
-        "communication_data_type": "fp32",  # gradients; by default as computed
+        "communication_data_type": "fp32",  # for gradients; default: compute type
         "data_types": {"grad_accum_dtype": accumulate},
         "zero_allow_untested_optimizer": True,  # torch's own AdamW and SGD
-        "steps_per_print": 10**9,  # the loop prints
+        "steps_per_print": 10**9,  # the loop prints instead
     }
 
 

@@ -9,7 +9,7 @@ __all__ = ["CheckpointError", "checksums", "verify", *WITH_RAY]
 
 
 def __getattr__(name: str) -> Any:
-    """Names of ``ray_train``, imported on demand: an engine does without Ray."""
+    """Import names of ``ray_train`` on demand, because an engine does not need Ray."""
     if name not in WITH_RAY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from tp2d_lib.checkpoint import ray_train

@@ -27,7 +27,7 @@ def write_checksums(directory: Path) -> None:
 
 
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
-    """Compare files with their checksums; one of ``parts`` ranks takes its share."""
+    """Compare share ``part`` of ``parts`` of the files with their checksums."""
     sums = checksums(directory)
     if STATE_FILE not in sums:
         raise CheckpointError(f"{directory} must hold {STATE_FILE}: it is not complete")
@@ -36,7 +36,7 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
         if not path.is_file() or digest(path) != sums[name]:
             raise CheckpointError(
                 f"{path} must have the content that was written, but is missing or "
-                f"changed; delete {directory} to resume from the checkpoint before it"
+                f"changed; delete {directory} to resume from the previous checkpoint"
             )
 
 

@@ -20,7 +20,7 @@ from tp2d_lib.config import TrainConfig
 
 
 def commit(engine, state: dict, config: TrainConfig) -> None:
-    """Save the engine and the loop's state as one checkpoint; every rank calls.
+    """Save the engine and the loop's state as one checkpoint; every rank must call it.
 
     Each rank writes its shards to a folder of its own. Ray merges the folders in the
     run's storage and records the checkpoint once all ranks have reported; until then
@@ -53,16 +53,16 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
 
 
 def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
-    """Report to Ray, without waiting for a checkpoint that is still being written.
+    """Report to Ray without waiting for a checkpoint that is still being written.
 
-    Ray handles reports in order, so a report that waited would wait for it too.
+    Ray handles reports in order, so a synchronous report would wait for it.
     """
     mode = CheckpointUploadMode["ASYNC" if config.async_checkpoint else "SYNC"]
     ray.train.report(metrics, checkpoint_upload_mode=mode, **checkpoint)
 
 
 def restore(engine, config: TrainConfig) -> dict:
-    """Load the run's latest checkpoint, or the one to start from; every rank calls.
+    """Load the latest checkpoint, or the one to start from; every rank must call it.
 
     Returns:
         The state that was committed, or that of step 0.
@@ -86,7 +86,7 @@ def restore(engine, config: TrainConfig) -> dict:
 
 
 def check_same_samples(state: dict, config: TrainConfig, directory: Path) -> None:
-    """A position in the data means the same only for the same rows and seed."""
+    """A position in the data has the same meaning only for the same rows and seed."""
     for name, now in samples_of(config).items():
         if state[name] != now:
             raise CheckpointError(
@@ -101,7 +101,7 @@ def samples_of(config: TrainConfig) -> dict:
 
 
 def last_of(config: TrainConfig) -> str | None:
-    """The run's latest checkpoint that Ray has recorded, so a complete one."""
+    """Path of the latest checkpoint that Ray recorded, so a complete one, or None."""
     run = f"{config.storage_path}/{config.run_name}"
     try:
         checkpoint = ray.train.Result.from_path(run).checkpoint

@@ -1,4 +1,4 @@
-"""The random generators of one rank: read for a checkpoint, set by a resume."""
+"""The random generators of one rank: saved in a checkpoint, restored on resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def states(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of each generator a rank uses, by the kind of its device."""
+    """State of each generator that a rank uses, by device type."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state()

@@ -22,7 +22,7 @@ def write(config: TrainConfig, name: str, content: bytes) -> None:
     files, storage = FileSystem.from_uri(config.storage_path)
     path = f"{storage}/{config.run_name}/{name}"
     files.create_dir(str(Path(path).parent))
-    # Left to itself, Arrow compresses what is called .gz once more.
+    # By default, Arrow would compress a .gz file a second time.
     with files.open_output_stream(path, compression=None) as file:
         file.write(content)
 
@@ -31,8 +31,8 @@ def check(config: TrainConfig) -> None:
     """Find in the driver what workers could not read or write.
 
     Raises:
-        ConfigError: a folder cannot be written, or the checkpoint to start from is not
-            there.
+        ConfigError: a folder is not writable, or the checkpoint to start from does not
+            exist.
     """
     for name in ("storage_path", "cache_dir", "export_to"):
         path = getattr(config, name)
@@ -47,10 +47,10 @@ def check(config: TrainConfig) -> None:
 
 
 def check_writable(name: str, path: str) -> None:
-    """A folder can be made there, or is there and can be written."""
+    """Check that a local folder is writable, or can be created."""
     home = next(p for p in (path, *map(str, Path(path).parents)) if os.path.exists(p))
     if not (os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)):
         raise ConfigError(
-            f"{name}={path!r} must be a folder that can be written, but {home!r} "
-            f"cannot; try {name}='/tmp/tp2d'"
+            f"{name}={path!r} must be a writable folder, but {home!r} is not; "
+            f"try {name}='/tmp/tp2d'"
         )

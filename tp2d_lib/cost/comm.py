@@ -16,7 +16,7 @@ RING = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1}
 class CommBytes(TorchDispatchMode):
     """Count collectives, and the bytes each rank sends in a ring algorithm.
 
-    PyTorch's ``CommDebugMode`` counts too, but does not survive DeepSpeed's hooks.
+    PyTorch's ``CommDebugMode`` counts too, but fails under DeepSpeed's hooks.
     ``rows`` maps (group name, collective) to [calls, bytes], where a group's name is
     its mesh dimension, "dp" or "tp", and "world" for all ranks.
     """
@@ -51,7 +51,7 @@ class CommBytes(TorchDispatchMode):
                 value = keys(dist.ProcessGroup.unbox(value))[1]
             if isinstance(value, str | tuple) and value in self.groups:
                 return self.groups[value]
-        raise ValueError("a collective on a group that is not in the mesh")
+        raise ValueError("the group of a collective must be in the mesh")
 
     def sent(self, name: str) -> int:
         """Bytes one rank sent in the groups of this name."""
@@ -59,7 +59,7 @@ class CommBytes(TorchDispatchMode):
 
 
 def keys(group) -> tuple[str, tuple[int, ...]]:
-    """What a group is known by: its name, and its ranks, for groups made elsewhere."""
+    """The two keys of a group: its name and, for groups made elsewhere, its ranks."""
     return group.group_name, tuple(dist.get_process_group_ranks(group))
 
 
@@ -112,8 +112,8 @@ def zero_bytes(
     Gradients are all-reduced in float32 at stages 0 to 2, reduce-scattered at stage 3.
     Stages 1 and 2 then all-gather the updated weights. Stage 3 gathers weights instead,
     for forward and again for backward; once if the model ``stays_gathered`` in between,
-    because it is smaller than ``stage3_max_live_parameters``. Stages 2 and 3 pay again
-    for each further micro-batch, except for the gather of stage 2.
+    because it is smaller than ``stage3_max_live_parameters``. Stages 2 and 3 send this
+    again for each further micro-batch, except for the gather of stage 2.
     """
     gathers = (0, 1, 1, 1 if stays_gathered else 2)[stage]
     reduced = 4 * (1 if stage == 3 else 2)
@@ -131,11 +131,11 @@ def tp_bytes(
 ) -> float:
     """Bytes a rank sends over tp in the layers of one step.
 
-    Attention and MLP each pay one all-reduce of (tokens, hidden) in forward, or an
-    all-gather and a reduce-scatter, which is the same. In backward each pays another
-    one; AutoTP pays it for each of a layer's ``columns``, the column-parallel weights:
+    Attention and MLP each need one all-reduce of (tokens, hidden) in forward, or an
+    all-gather and a reduce-scatter, which send as much. In backward each needs another;
+    AutoTP needs one for each of a layer's ``columns``, its column-parallel weights:
     layers * (2 + columns) * tokens * hidden * itemsize * 2 * (tp - 1) / tp.
-    Embedding and loss come on top; ``tokens`` is what a dp rank reads in a step.
+    Embedding and loss are not counted; ``tokens`` is what a dp rank reads in a step.
     """
     ring = (tp_size - 1) / tp_size
     return layers * (2 + columns) * tokens * hidden * itemsize * 2 * ring

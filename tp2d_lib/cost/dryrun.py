@@ -1,4 +1,4 @@
-"""A dry run: one rank's training step, executed without memory, ranks or weights."""
+"""A dry run: one rank's training step, without memory, other ranks or weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Both are documented under these names, and have no public ones.
+# Both are documented under these names; there are no public ones.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,15 +26,15 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, memory
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
-CAUSAL = "tp2d_causal"  # attention without a mask, or a fake one would be built
+CAUSAL = "tp2d_causal"  # attention without a mask, which would otherwise be built
 
 
 def predict(engine: str, config: TrainConfig) -> dict[str, int]:
     """What rank 0, which holds the largest share, will hold and send in a step.
 
     The engine's own code takes one step on fake tensors, which have a shape but no
-    memory, in a fake process group, which sends nothing; in a process of its own, so
-    that nothing of this is left behind.
+    memory, in a fake process group, which sends nothing. It does so in a process of its
+    own, so that none of this affects the caller.
 
     Args:
         engine: the module with the engine, "fsdp" or "autotp".
@@ -42,9 +42,9 @@ def predict(engine: str, config: TrainConfig) -> dict[str, int]:
 
     Returns:
         Bytes of ``parameters``, ``gradients``, ``optimizer`` and ``activations``; bytes
-        sent over ``tp`` and ``dp``; ``model``, the number of weights in the model.
+        sent over ``tp`` and ``dp``; ``model``, the number of parameters in the model.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
         return process.submit(simulate, engine, config).result()
 
 
@@ -66,13 +66,13 @@ def report(
             f"parameters in the model: {predicted['model']:,}",
             "one rank holds at most",
             *(f"  {name:<12}{size(count):>10}" for name, count in held.items()),
-            f"  {'together':<12}{size(sum(held.values())):>10}",
+            f"  {'total':<12}{size(sum(held.values())):>10}",
             f"  activations of a micro-batch of {tokens:,} tokens; not counted: "
             "gathered weights, communication buffers, the allocator's reserve",
-            f"one rank sends in a step {size(predicted['tp'])} over tp and "
-            f"{size(predicted['dp'])} over dp",
+            f"one rank sends {size(predicted['tp'])} over tp and "
+            f"{size(predicted['dp'])} over dp in each step",
             f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
-            f"{int(rows.lengths.sum()):,} of them real",
+            f"{int(rows.lengths.sum()):,} tokens without padding",
             f"{steps:,} steps of {config.global_batch_size} rows, "
             f"{steps * config.global_batch_size / len(rows.rows):.2f} epochs",
             *held_out(config),
@@ -84,11 +84,11 @@ def held_out(config: TrainConfig) -> list[str]:
     if not config.eval_every:
         return []
     rows = len(np.load(Path(config.prepared_eval_data) / "lengths.npy"))
-    return [f"{rows:,} held-out rows, every {config.eval_every} steps"]
+    return [f"{rows:,} held-out rows, evaluated every {config.eval_every} steps"]
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them, such as 1.5 GB."""
+    """A number of bytes in a suitable unit, such as 1.5 GB."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count /= 1000
@@ -115,7 +115,7 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         built = build(config, grid, stack)
         if built.model.config._attn_implementation == "sdpa":
             attend_without_mask(built.model)
-        built.gradients_checked = True  # its collective belongs to the first step
+        built.gradients_checked = True  # exclude a collective of the first step only
         shape = (config.batch_size_per_gpu, config.seq_length)
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
         batch = [micro | {"labels": micro["input_ids"]}]
@@ -133,7 +133,7 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
 
 
 def fake_fsdp(config: TrainConfig, grid, stack: ExitStack):
-    from tp2d_lib import fsdp  # here, as the next: only the engine that is used
+    from tp2d_lib import fsdp  # here, as below: import only the engine used
 
     def load(model, config, device):
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -160,20 +160,20 @@ def fake_autotp(config: TrainConfig, grid, stack: ExitStack):
         return model
 
     built = autotp.build_engine(config, grid, load=load)
-    if config.tp_size > 1:  # it compares the content of the tp ranks' inputs
+    if config.tp_size > 1:  # this hook compares the tp ranks' inputs
         built.wrapped.first_dataloader_check.remove()
     return built
 
 
 def patch_deepspeed(config: TrainConfig) -> None:
-    """Give DeepSpeed what its ranks would send each other, in this process only."""
-    from deepspeed.accelerator import get_accelerator  # here: FSDP2 does without
+    """Supply what DeepSpeed's ranks would send each other, in this process only."""
+    from deepspeed.accelerator import get_accelerator  # here: FSDP2 does not need it
     from deepspeed.runtime.zero import utils
     from deepspeed.sequence import cross_entropy
     from deepspeed.utils import groups
 
-    groups._init_tp_mesh_device(config.tp_size)  # real numbers: before the fake mode
-    get_accelerator().is_fp16_supported = lambda: True  # the GPUs' answer
+    groups._init_tp_mesh_device(config.tp_size)  # before the fake mode
+    get_accelerator().is_fp16_supported = lambda: True  # as on GPUs
     utils.assert_lst_len_same_as_other_ranks = lambda numbers: None
     utils.get_lst_from_rank0 = lambda numbers: numbers
     vocabulary = models.load_model_config(config).vocab_size
@@ -181,7 +181,7 @@ def patch_deepspeed(config: TrainConfig) -> None:
 
 
 class FakeNumbers(TorchDispatchMode):
-    """What ``item`` of a fake tensor returns: 0, so that no check fires, or 1.0."""
+    """Let ``item`` of fake tensors return 0, so that no check fires; 1.0 for floats."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -191,7 +191,7 @@ class FakeNumbers(TorchDispatchMode):
 
 
 def attend_without_mask(model) -> None:
-    """Attention as in a real run, which finds that its mask would be just causal."""
+    """Attend as in a real run, which builds no mask where it would be only causal."""
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
     model.set_attn_implementation(CAUSAL)

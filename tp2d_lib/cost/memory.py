@@ -38,14 +38,14 @@ def local(values) -> list[torch.Tensor]:
 class Activations:
     """Bytes that autograd keeps from a model's forward for its backward.
 
-    ``with Activations(model) as kept: step()``; then ``kept.bytes``, of the last
-    micro-batch. Neither weights, gathered ones included, nor what backward itself needs
-    on top, such as a layer that it recomputes, are counted.
+    Use ``with Activations(model) as kept: step()``; ``kept.bytes`` is then that of the
+    last micro-batch. It counts neither weights, gathered ones included, nor what
+    backward itself needs in addition, such as a layer that it recomputes.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.bytes = model, 0
-        # Storages are kept alive, so that no other gets the address of one.
+        # Storages are kept alive, so that no other reuses the address of one.
         self.saved: dict[int, torch.UntypedStorage] = {}
         self.weights: dict[int, torch.UntypedStorage] = {}
 
@@ -87,7 +87,7 @@ def autotp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
     """Train one step of the DeepSpeed engine and measure what this rank holds.
 
     Gradients are measured after the first micro-batch, while they accumulate, which is
-    when stages 1 and 2 differ: pass at least two. The optimizer state, made by the
+    when stages 1 and 2 differ, so pass at least two. The optimizer state, made by the
     first update, is measured after the step.
 
     Returns:
@@ -120,13 +120,13 @@ def weights(engine) -> list[torch.Tensor]:
 def gradients(engine) -> list[torch.Tensor]:
     parameters = list(engine.model.parameters())
     if engine.config.zero_stage == 3:
-        from deepspeed.utils import safe_get_local_grad  # here: FSDP2 does without
+        from deepspeed.utils import safe_get_local_grad  # here: FSDP2 does not need it
 
         return [safe_get_local_grad(p) for p in parameters]
     found = [p.grad for p in parameters]
-    # of stage 1 in bfloat16, beside those
+    # stage 1 in bfloat16, in addition to those
     found += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
-    # of stage 2 while it accumulates; of stages 1 and 2 once the last was reduced
+    # stage 2 while it accumulates; stages 1 and 2 after the last reduction
     for name in ("all_grad_tensors", "averaged_gradients"):
         if all(gradient is None for gradient in found):
             shares = getattr(engine.optimizer, name, {}).values()

@@ -1,4 +1,4 @@
-"""The offline default: a tiny Qwen2 model and a corpus every Python already has."""
+"""The offline default: a tiny Qwen2 model, and a corpus that ships with Python."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ VOCAB_SIZE = 2048
 
 
 def write(directory: str | Path) -> tuple[str, str]:
-    """Write the demo model and the demo dataset, unless they are there already.
+    """Write the demo model and the demo dataset, unless they already exist.
 
-    Both have the form that Hugging Face gives them, so that ``from_pretrained`` and
+    Both are in Hugging Face format, so that ``from_pretrained`` and
     ``load_dataset`` read them like any other: ``model/`` holds config, safetensors and
     tokenizer (about 1M random fp32 parameters), ``dataset/`` one JSON line for each
     paragraph of Python's own documentation: the language reference for training, the
     docstrings of a few modules for validation.
 
     Args:
-        directory: folder that every node sees.
+        directory: folder that is visible to every node.
 
     Returns:
         The paths of the model and of the dataset.
@@ -49,7 +49,7 @@ def write(directory: str | Path) -> tuple[str, str]:
 
 def paragraphs() -> list[str]:
     """The paragraphs of Python's language reference, from the standard library."""
-    from pydoc_data.topics import topics  # here: half a megabyte of text
+    from pydoc_data.topics import topics  # here: it is half a megabyte of text
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return [part.strip() for part in text.split("\n\n") if part.strip()]

@@ -13,12 +13,12 @@ def load_tokenizer(config: TrainConfig):
     """The model's tokenizer.
 
     Raises:
-        ConfigError: there is none, or it has no end token.
+        ConfigError: there is no tokenizer, or it has no end token.
     """
     tokenizer = AutoTokenizer.from_pretrained(
         config.model_name, revision=config.model_revision
     )
-    if not tokenizer("word")["input_ids"]:  # what transformers makes of no files
+    if not tokenizer("word")["input_ids"]:  # no tokenizer files
         raise ConfigError(
             f"model_name={config.model_name!r} must hold its tokenizer's files, such "
             "as tokenizer.json; write them there with the tokenizer's save_pretrained"
@@ -32,8 +32,8 @@ def load_tokenizer(config: TrainConfig):
 
 
 def load_builder(config: TrainConfig):
-    """The dataset's builder, which knows the dataset before a row is read."""
-    from datasets import load_dataset_builder  # here: slow, and workers do without
+    """The dataset's builder, which describes the dataset before any row is read."""
+    from datasets import load_dataset_builder  # here: slow, workers do not need it
 
     try:
         return load_dataset_builder(config.dataset_name, config.dataset_config)
@@ -42,14 +42,14 @@ def load_builder(config: TrainConfig):
         if config.dataset_config:
             where += f" ({config.dataset_config})"
         raise ConfigError(
-            f"dataset_name={where!r} must be a folder with data files or a dataset the "
-            f"Hub knows; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+            f"dataset_name={where!r} must be a folder with data files or a dataset on "
+            f"the Hub; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
         ) from error
 
 
 def load_documents(config: TrainConfig, builder):
-    """The documents to use: the first ``dataset_percentage`` of the split."""
-    from datasets import ReadInstruction  # here: slow, and workers do without
+    """The documents to use: the first ``dataset_percentage`` percent of the split."""
+    from datasets import ReadInstruction  # here: slow, workers do not need it
     from datasets.exceptions import DatasetGenerationError
 
     try:
@@ -57,7 +57,7 @@ def load_documents(config: TrainConfig, builder):
     except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
         reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must hold data that can be read "
+            f"dataset_name={config.dataset_name!r} must hold readable data "
             f"({reason}); try 'Salesforce/wikitext'"
         ) from error
     split = config.dataset_split
@@ -78,7 +78,7 @@ def load_documents(config: TrainConfig, builder):
 
 
 def check_column(config: TrainConfig, documents) -> None:
-    """The text column is there and holds text."""
+    """Check that the text column exists and holds text."""
     if config.text_column not in documents.column_names:
         raise ConfigError(
             f"text_column={config.text_column!r} must be a column of "
@@ -99,7 +99,7 @@ def check_column(config: TrainConfig, documents) -> None:
 
 
 def tokenize(config: TrainConfig, tokenizer, builder, tokens_file: Path):
-    """One list of token ids per document, end token last; empty documents dropped."""
+    """One list of token ids per document, end token last; drops empty documents."""
     documents = load_documents(config, builder)
     check_column(config, documents)
 
@@ -115,6 +115,6 @@ def tokenize(config: TrainConfig, tokenizer, builder, tokens_file: Path):
         batched=True,
         remove_columns=documents.column_names,
         num_proc=workers if workers > 1 else None,
-        load_from_cache_file=False,  # our own fingerprint decides
+        load_from_cache_file=False,  # our own fingerprint decides what to reuse
         cache_file_name=str(tokens_file),
     )

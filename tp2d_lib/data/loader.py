@@ -1,4 +1,4 @@
-"""Batches of rows: by dp rank, in an order that a resume repeats exactly."""
+"""Batches of rows, by dp rank, in an order that a resumed run repeats exactly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ IGNORED = -100  # label of a position that does not count, as in torch and trans
 
 
 class BatchLoader:
-    """The batches of one dp rank, a list of micro-batches for every optimizer step.
+    """The batches of one dp rank: a list of micro-batches for every optimizer step.
 
     All epochs form one stream of samples whose order depends on ``(seed, epoch)`` only.
     A step takes the next ``global_batch_size`` samples of the stream; each dp rank gets
-    its share. ``position``, the number of samples taken so far, is all the state there
-    is: from the same position, every mesh takes the same next samples.
+    its share. ``position``, the number of samples taken so far, is the only state: from
+    the same position, every mesh takes the same next samples.
 
     Raises:
         ConfigError: the rows do not fill one global batch.
@@ -39,14 +39,14 @@ class BatchLoader:
         self.total_samples = samples
         if self.steps_left == 0:
             raise ConfigError(
-                f"num_epochs={config.num_epochs} of {len(self.rows)} rows must fill "
+                f"num_epochs={config.num_epochs} over {len(self.rows)} rows must fill "
                 f"one global batch of {config.global_batch_size} rows; try "
                 f"num_epochs={-(-config.global_batch_size // len(self.rows))}"
             )
 
     @property
     def steps_left(self) -> int:
-        """Whole optimizer steps from here to the end of the stream."""
+        """Complete optimizer steps from here to the end of the stream."""
         left = max(self.total_samples - self.position, 0)
         return left // self.config.global_batch_size
 
@@ -76,7 +76,7 @@ class BatchLoader:
 
 
 def micro_batch(rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels``, each (batch, seq) int64; padding is -100."""
+    """``input_ids`` and ``labels``, each (batch, seq) int64; padding has label -100."""
     input_ids = torch.from_numpy(rows.astype(np.int64))
     padding = torch.arange(rows.shape[1]) >= torch.from_numpy(lengths).unsqueeze(1)
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding, IGNORED)}
@@ -89,10 +89,10 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
-    """The loader of this rank: rows follow ``dp_rank``, so a TP group reads the same.
+    """The loader of this rank; all ranks of a TP group read the same rows.
 
     Args:
-        config: ``prepared_data`` names the rows; left out, they are prepared here.
+        config: ``prepared_data`` names the rows; if None, they are prepared here.
         mesh: the (dp, tp) mesh.
     """
     return BatchLoader(config, prepare(config), mesh["dp"].get_local_rank())
@@ -101,6 +101,6 @@ def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
 def valid_tokens(batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Number of predicted tokens in a list of micro-batches, as a 0-d int64 tensor.
 
-    Position t predicts token t + 1, so the first label of a row predicts nothing.
+    Position t predicts token t + 1, so nothing predicts the first label of a row.
     """
     return sum((micro["labels"][:, 1:] != IGNORED).sum() for micro in batch)

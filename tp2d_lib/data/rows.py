@@ -23,7 +23,7 @@ from tp2d_lib.data.documents import (
 
 
 def check(config: TrainConfig) -> None:
-    """Find what ``prepare`` would stumble over, without tokenising.
+    """Find, without tokenising, what would make ``prepare`` fail.
 
     Raises:
         ConfigError: the tokenizer or the dataset cannot be read, or lacks the split or
@@ -41,14 +41,14 @@ def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
 
     Runs in the driver, before any worker exists. When several processes call it at
     once, one works and the others wait. With ``keep_all`` no token is dropped: the last
-    row of packed documents is padded, long documents get as many rows as they need.
+    row of packed documents is padded, and long documents get as many rows as they need.
 
     Returns:
         A folder with ``input_ids.npy`` (rows, seq_length) int32 and ``lengths.npy``
         (rows,) int32, the number of real tokens in each row.
 
     Raises:
-        ConfigError: the dataset cannot be read, has no such column, or gives no row.
+        ConfigError: the dataset cannot be read, lacks the column, or yields no row.
     """
     if config.prepared_data:
         return check_prepared(config)
@@ -69,14 +69,14 @@ def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
 
 
 def check_prepared(config: TrainConfig) -> Path:
-    """The folder of rows the config names, if it holds rows of the right length."""
+    """The folder of rows that the config names; its rows must have the right length."""
     directory = Path(config.prepared_data)
     try:
         length = np.load(directory / "input_ids.npy", mmap_mode="r").shape[1]
     except OSError as error:
         raise ConfigError(
             f"prepared_data={config.prepared_data!r} must be a folder written by "
-            "data.prepare; try leaving it out"
+            "data.prepare; try omitting it"
         ) from error
     if length != config.seq_length:
         raise ConfigError(
@@ -92,7 +92,7 @@ def make_folder(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cache_dir={str(directory)!r} must be a folder that can be written "
+            f"cache_dir={str(directory)!r} must be a writable folder "
             f"({error.strerror}); try cache_dir='/tmp/tp2d-data' on a single machine"
         ) from error
 
@@ -108,7 +108,7 @@ def fingerprint(config: TrainConfig, tokenizer, builder, keep_all: bool) -> str:
         "text_column": config.text_column,
         "seq_length": config.seq_length,
         "pack": config.pack,
-        "whole": keep_all,  # the key stays: it is part of the names of rows on disk
+        "whole": keep_all,  # key kept: it is part of the names of rows on disk
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -128,7 +128,7 @@ def write_rows(
         raise ConfigError(
             f"dataset_percentage={config.dataset_percentage:g} of "
             f"{config.dataset_name!r} must fill at least one row of "
-            f"seq_length={config.seq_length} but holds {int(lengths.sum())} tokens; "
+            f"seq_length={config.seq_length}, but holds {int(lengths.sum())} tokens; "
             "try dataset_percentage=100 or a shorter seq_length"
         )
     np.save(directory / "lengths.npy", row_lengths)
@@ -166,7 +166,7 @@ def fill_packed(rows: np.ndarray, documents, keep_all: bool) -> None:
     flat, start = rows.reshape(-1), 0
     for batch in arrow_batches(documents):
         tokens = batch["input_ids"].combine_chunks().flatten().to_numpy()
-        tokens = tokens[: len(flat) - start]  # what fills no row is dropped
+        tokens = tokens[: len(flat) - start]  # drop what fills no row
         flat[start : start + len(tokens)] = tokens
         start += len(tokens)
 

@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def global_grad_norm(model: nn.Module) -> torch.Tensor:
     """The 2-norm of the global gradient, a 0-d tensor equal on every rank.
 
-    Each rank squares the shards it holds; one that n ranks hold counts 1 / n.
+    Each rank sums the squares of its shards; one that n ranks hold counts 1 / n.
     """
     total = 0
     for parameter in model.parameters():
@@ -84,11 +84,11 @@ def train_step(
 def forward_backward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
-    """Add one micro-batch's gradient; returns this dp rank's share of the loss."""
+    """Accumulate a micro-batch's gradient; returns this dp rank's share of the loss."""
     tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
     with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
         loss = forward(engine, micro, valid)
-        (loss * dp_size).backward()  # FSDP averages over dp; the sum is wanted
+        (loss * dp_size).backward()  # FSDP averages over dp; we need the sum
     loss = loss.detach()
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
@@ -96,10 +96,10 @@ def forward_backward(
 def forward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
-    """The summed loss of a micro-batch, divided by ``valid`` tokens."""
+    """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
     input_ids = micro["input_ids"].to(engine.device, non_blocking=True)
     labels = micro["labels"].to(engine.device, non_blocking=True)
-    # A tp rank sees seq / tp positions, so the model cannot infer their numbers.
+    # A tp rank holds seq / tp positions, so the model cannot infer position_ids.
     positions = torch.arange(input_ids.shape[1], device=engine.device)[None]
     return engine.model(
         input_ids=input_ids,
@@ -117,7 +117,7 @@ def build_engine(
     train_step: Callable = train_step,
     load: Callable = weights.load_pretrained,
 ) -> FSDPEngine:
-    """Build the model empty, shard it, fill the shards from safetensors.
+    """Build an empty model, shard it, and fill the shards from safetensors.
 
     No rank ever holds the full model. A notebook passes its own ``parallelize`` and
     ``train_step``; a dry run passes a ``load`` that reads nothing.
@@ -182,11 +182,11 @@ class FSDPEngine:
         }
 
     def save(self, directory: str | Path) -> Future | None:
-        """Write the shards of model, optimizer and RNG; every rank calls.
+        """Write model, optimizer and RNG state, sharded; every rank must call it.
 
         With ``async_checkpoint`` they are copied, then written while training
-        continues; the future is done when they are. One write at a time: its
-        collectives must run in the same order on all ranks.
+        continues; the future is done when they are. Only one write runs at a time,
+        because its collectives must run in the same order on all ranks.
         """
         if not self.config.async_checkpoint:
             dcp.save(self.state_dict(), checkpoint_id=str(directory))
@@ -201,29 +201,29 @@ class FSDPEngine:
         return self.writing
 
     def load(self, directory: str | Path) -> None:
-        """Read them back, on this mesh or another one; every rank calls."""
+        """Load a checkpoint, from this mesh or another one; every rank must call it."""
         state = self.state_dict()
         stored = dcp.FileSystemReader(str(directory)).read_metadata()
         own = f"rng{dist.get_rank()}"
         for kind in list(state[own]):
             if f"{own}.{kind}" not in stored.state_dict_metadata:
-                del state[own][kind]  # the world was smaller, or had no GPU
-        dcp.load(state, checkpoint_id=str(directory))  # weights and generators in place
+                del state[own][kind]  # saved with fewer ranks, or without GPUs
+        dcp.load(state, checkpoint_id=str(directory))  # weights and RNG in place
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         rng.restore(state[own])
 
     def export(self, directory: str | Path) -> None:
-        """Write plain safetensors, config and tokenizer; every rank calls.
+        """Write plain safetensors, config and tokenizer; every rank must call it.
 
-        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights keep the type
-        of the model they started from. Each rank writes its shards; rank 0 joins them.
+        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights get the dtype
+        of the original model. Each rank writes its shards; rank 0 joins them.
         """
         weights.export(self.model, self.config, Path(directory))
 
 
 def train_func(config: TrainConfig) -> None:
     """What every worker runs."""
-    from tp2d_lib import loop  # here: it needs Ray, which an engine does without
+    from tp2d_lib import loop  # here: it needs Ray, an engine does not
 
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     engine = build_engine(config, mesh, parallelize, train_step)

@@ -21,7 +21,7 @@ from tp2d_lib.model import PlanError
 
 
 def tensor_parallel_plan(model: nn.Module) -> dict:
-    """Turn the model's published ``tp_plan`` into DTensor styles, sequence-parallel.
+    """Turn the model's published ``tp_plan`` into sequence-parallel DTensor styles.
 
     Embedding and head are sharded over the vocabulary. Between blocks the residual
     stream (batch, seq, hidden) is ``Shard(1)``: seq / tp positions per rank. A block
@@ -29,7 +29,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
     sum. ``*`` in a module's name stands for a layer number.
 
     Raises:
-        PlanError: the model publishes no plan, or one with a style not known here.
+        PlanError: no plan, an unknown style, or a parameter that it leaves replicated.
     """
     published = dict(model.tp_plan or {})
     if not any("layers" in name for name in published):
@@ -63,7 +63,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
 
 
 def dtensor_style(name: str, style: str, module: nn.Module):
-    """The DTensor style of one published style; comments say what is communicated."""
+    """The DTensor style for a published style; comments note what is communicated."""
     is_norm = type(module).__name__.endswith("Norm")
     if style == "vocabulary_rows":  # of the embedding; partial sums -> own positions
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
@@ -86,9 +86,9 @@ def dtensor_style(name: str, style: str, module: nn.Module):
 
 
 def gather_input(block: nn.Module) -> PrepareModuleInput:
-    """All-gather a block's rows over tp: seq / tp -> seq.
+    """All-gather a block's input over tp: seq / tp -> seq positions.
 
-    Decoder layers call attention by keyword and the MLP by position.
+    Decoder layers pass it to attention by keyword and to the MLP by position.
     """
     if "attention_mask" in block.forward.__code__.co_varnames:
         return PrepareModuleInput(
@@ -99,10 +99,10 @@ def gather_input(block: nn.Module) -> PrepareModuleInput:
 
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
-    """Shard every layer over the tp ranks, in place, and tie what was tied."""
+    """Shard every layer over the tp ranks, in place, and keep tied weights tied."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     parallelize_module(model, mesh, plan)
-    if tied:  # parallelize_module made two parameters of one
+    if tied:  # parallelize_module turned one parameter into two
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
@@ -113,7 +113,7 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard every parameter once more over the dp ranks, gathered layer by layer."""
+    """Shard every parameter again over the dp ranks, to be gathered layer by layer."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -121,7 +121,7 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
-    """Make a model two-dimensional: tensor parallel first, then fully sharded."""
+    """Parallelise a model in two dimensions: first over tp, then over dp."""
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"], tensor_parallel_plan(model))
     apply_fsdp(model, mesh["dp"], dtype)

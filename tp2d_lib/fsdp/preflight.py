@@ -1,4 +1,4 @@
-"""What the PyTorch engine can train, found out in the driver."""
+"""What the PyTorch engine can train, checked in the driver."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def check(config: TrainConfig) -> TrainConfig:
     """Find in the driver, before any worker starts, what cannot be trained.
 
     Args:
-        config: with the device that the run will have.
+        config: with the device that the run will use.
 
     Returns:
-        The configuration for the workers: the same.
+        The configuration for the workers: ``config``, unchanged.
 
     Raises:
         ConfigError: a value that the model, the data, the storage or the hardware does
             not allow, or a precision that only DeepSpeed trains in.
         PlanError: the model's plan does not cover it, or its files use other names.
     """
-    from tp2d_lib import preflight  # here: it needs Ray, which an engine does without
+    from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
     stored = preflight.check(config)
@@ -42,23 +42,23 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def check_attention(model: nn.Module, config: TrainConfig) -> None:
-    """With a mask, one would be built for a tp rank's share of the positions only."""
+    """Refuse eager attention over tp: its mask would cover only local positions."""
     if config.tp_size > 1 and model.config._attn_implementation == "eager":
         raise PlanError(
             f"{type(model).__name__} must attend without a mask to be sharded over tp "
-            "ranks, but knows eager attention only; try tp_size=1"
+            "ranks, but supports eager attention only; try tp_size=1"
         )
 
 
 def check_precision(config: TrainConfig) -> None:
     if config.autocast and config.dtype not in ("auto", "bfloat16"):
         raise ConfigError(
-            f"autocast=True must go with bfloat16, not dtype={config.dtype!r}; "
-            "try dtype='auto'"
+            "autocast=True must be combined with bfloat16, not "
+            f"dtype={config.dtype!r}; try dtype='auto'"
         )
     for name, ours in (("dtype", "bfloat16"), ("bf16_master_weights", False)):
         if getattr(config, name) in ("float16", True):
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} must be left to DeepSpeed, which "
-                f"scales the loss and rounds the masters; try {ours!r}"
+                f"scales the loss and rounds master weights; try {ours!r}"
             )

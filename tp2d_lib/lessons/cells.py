@@ -1,4 +1,4 @@
-"""Cells of both notebooks, mirrored there from here."""
+"""Functions that cells of both notebooks mirror."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def who_am_i(here: SimpleNamespace) -> dict:
 
 
 def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
-    """The rows a live rank reads first, as a fingerprint."""
+    """A fingerprint of the first rows that a live rank reads."""
     loader = build_dataloader(config, here.mesh)
     input_ids = next(iter(loader))[0]["input_ids"]
     fingerprint = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:8]
@@ -51,7 +51,7 @@ def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
 
 
 def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
-    """Losses and weights of a plain loop in this process, on the mesh's rows."""
+    """Losses and weights of a plain loop in one process, on the same rows."""
     alone = replace(config, tp_size=1, dp_size=1, num_workers=1, batch_size_per_gpu=4)
     model = AutoModelForCausalLM.from_pretrained(config.model_name)
     adamw = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
@@ -68,7 +68,7 @@ def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
 
 
 def dies_at(step_number: int, step: Callable) -> Callable:
-    """A training step that kills its own process the n-th time it is called."""
+    """A training step that kills its process at call number ``step_number``."""
     counter = itertools.count(1)
 
     def fatal(batch):
@@ -80,7 +80,7 @@ def dies_at(step_number: int, step: Callable) -> Callable:
 
 
 def save_prompt_logits(engine, config: TrainConfig, prompt: str) -> None:
-    """Compute a prompt's logits with the trained engine, for comparison later."""
+    """Save a prompt's logits from the trained engine, to compare them later."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name)
     tokens = tokenizer(prompt, return_tensors="pt").to(engine.device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a notebook needs besides training: its parameters checked, its answers shown."""
+"""What a notebook needs besides training: checked parameters, tables and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INJECTED = "# Parameters"  # the first line of the cell that papermill adds
 def check_parameters(cells: Sequence[str]) -> None:
     """Reject a parameter the notebook does not have.
 
-    papermill only warns about one, and the run goes on without it.
+    papermill only warns about it, and the run continues without it.
 
     Args:
         cells: the sources run so far, IPython's ``In``.
@@ -44,7 +44,7 @@ def assigned(source: str) -> set[str]:
 
 
 def table(rows: Sequence[dict]) -> None:
-    """Print rows of equal keys as aligned columns."""
+    """Print rows that have the same keys as aligned columns."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for index, row in enumerate(cells):
@@ -55,7 +55,7 @@ def table(rows: Sequence[dict]) -> None:
 
 
 def show(figure, alt: str) -> None:
-    """Show a plot, with the words that stand for it where it cannot be seen."""
+    """Show a plot, with its alt text."""
     from IPython.display import display  # here: notebooks only
 
     display(figure, metadata={"image/png": {"alt": alt}})

@@ -1,4 +1,4 @@
-"""The plots that the notebooks show: one style, one colour a series."""
+"""The plots that the notebooks show: one style, one colour per series."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def training(history: Sequence[dict]) -> plt.Figure:
 
 
 def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
-    """Loss curves of two runs in one plot, with the accident marked."""
+    """Loss curves of two runs in one plot, with the failure marked."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         for (label, history), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
@@ -59,7 +59,7 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
 
 
 def curves(runs: dict[str, Sequence[float]]) -> plt.Figure:
-    """Losses of two runs, the first one broad so that the second shows on it."""
+    """Losses of two runs, the first drawn wider, so that both can be seen."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         for (label, losses), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
@@ -71,7 +71,7 @@ def curves(runs: dict[str, Sequence[float]]) -> plt.Figure:
 
 
 def memory(held: dict[tuple[str, int], dict[str, int]]) -> plt.Figure:
-    """Stacked bars of the bytes a rank holds, for each (mesh, ZeRO stage)."""
+    """Stacked bars of the bytes that a rank holds, for each (mesh, ZeRO stage)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         places = [i + i // 4 for i in range(len(held))]  # a gap between meshes
@@ -85,7 +85,7 @@ def memory(held: dict[tuple[str, int], dict[str, int]]) -> plt.Figure:
         for index, mesh in enumerate(dict.fromkeys(mesh for mesh, _ in held)):
             axes.text(5 * index + 1.5, max(bottom) * 1.04, mesh, ha="center")
         axes.set_ylim(top=max(bottom) * 1.15)
-        axes.set(ylabel="MB of a rank")
+        axes.set(ylabel="MB per rank")
         axes.grid(visible=False, axis="x")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)  # shown by the notebook, once
@@ -101,7 +101,7 @@ def traffic(
     label: str,
     columns: int = 2,
 ) -> plt.Figure:
-    """Bytes a rank sends in one step over tp, or by sharding, against sequence length.
+    """Bytes a rank sends per step against sequence length: over tp, and over dp.
 
     Args:
         layers, hidden: sizes of the model.
@@ -130,8 +130,8 @@ def traffic(
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set(
             xlabel="sequence length (tokens)",
-            ylabel="GB sent by a rank in a step",
-            title=f"Traffic of a step, tp_size={tp_size}, bfloat16",
+            ylabel="GB sent by a rank per step",
+            title=f"Traffic per step, tp_size={tp_size}, bfloat16",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)  # shown by the notebook, once

@@ -13,12 +13,12 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Rank:
-    """One process: joins the group, keeps what functions put on ``here``."""
+    """One process, which joins the group and keeps what functions store on ``here``."""
 
     def __init__(self, rank: int, world_size: int):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # lessons run on the CPU everywhere
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
+        os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed reads it
         self.here = SimpleNamespace(rank=rank, world_size=world_size)
 
     def address(self) -> tuple[str, int]:
@@ -27,7 +27,7 @@ class Rank:
             return ray.util.get_node_ip_address(), server.getsockname()[1]
 
     def join(self, host: str, port: int) -> None:
-        import torch  # here, as the next: after CUDA_VISIBLE_DEVICES is set
+        import torch  # here, as below: after CUDA_VISIBLE_DEVICES is set
         import torch.distributed as dist
 
         torch.set_num_threads(1)
@@ -43,10 +43,10 @@ class Rank:
 
 
 class Ranks:
-    """``ranks.run(fn)`` runs ``fn(here)`` on every rank and returns the answers.
+    """``ranks.run(fn)`` runs ``fn(here)`` on every rank and returns the results.
 
-    ``here`` is the rank's own notebook: ``here.rank``, and whatever earlier functions
-    left on it, such as ``here.mesh``.
+    ``here`` is the rank's own namespace: ``here.rank``, and whatever earlier functions
+    stored on it, such as ``here.mesh``.
     """
 
     def __init__(self, count: int):
@@ -55,7 +55,7 @@ class Ranks:
         ray.get([actor.join.remote(host, port) for actor in self.actors])
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
-        """Answers in rank order; an exception on a rank is raised here."""
+        """Results in rank order; an exception on a rank is raised in the notebook."""
         return ray.get([actor.call.remote(function, args) for actor in self.actors])
 
     def shutdown(self) -> None:

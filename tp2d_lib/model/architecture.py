@@ -1,4 +1,4 @@
-"""A Hugging Face decoder: its configuration, its empty form, how it computes."""
+"""A Hugging Face decoder: its configuration, the empty model, how it computes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
         ).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model_name={name!r} must be a model directory or a model the Hub knows; "
+            f"model_name={name!r} must be a model directory or a model on the Hub; "
             f"try 'Qwen/Qwen2.5-0.5B' ({str(error).splitlines()[0]})"
         ) from error
 
 
 def device_type(config: TrainConfig) -> str:
-    """ "cuda" or "cpu": what ``device`` asks for, or what is here."""
+    """ "cuda" or "cpu": the ``device`` requested, or for "auto" what is available."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
@@ -42,7 +42,7 @@ def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]
     if config.autocast:
         return torch.bfloat16, "bfloat16 by autocast, float32 weights and reductions"
     if config.dtype != "auto":
-        return getattr(torch, config.dtype), f"dtype={config.dtype} was asked for"
+        return getattr(torch, config.dtype), f"dtype={config.dtype} was requested"
     if device_type != "cuda":
         return torch.float32, "no GPU: float32 throughout"
     here = torch.cuda.is_available()  # the driver of a cluster may have no GPU
@@ -53,7 +53,7 @@ def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]
 
 
 def build_empty_model(config: TrainConfig) -> nn.Module:
-    """The model with shapes and no storage: every parameter is on ``meta``."""
+    """The model with shapes but no storage: every parameter is on ``meta``."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             load_model_config(config), dtype=torch.float32
@@ -71,12 +71,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile attention and MLP of each layer, when they are first called.
+    """Compile the attention and MLP of each layer when they are first called.
 
-    Not the layer as a whole: with sequence-parallel input torch 2.13 then returns a
-    wrong gradient to the embedding, silently.
+    The layer is not compiled as one: with sequence-parallel input, torch 2.13 would
+    silently return a wrong gradient to the embedding.
     """
     for layer in model.get_decoder().layers:
         for block in layer.children():
-            if next(block.children(), None) is not None:  # a norm is too small
+            if next(block.children(), None) is not None:  # not a norm: too small
                 block.compile()

@@ -1,4 +1,4 @@
-"""What both engines check: sizes, gradients, and that sharding changes no number."""
+"""What both engines check: sizes, gradients, and that sharding changes no result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tp2d_lib.model.architecture import device_type, load_model_config
 
 
 class PlanError(ValueError):
-    """The tensor-parallel plan does not cover the model; names what is left."""
+    """The tensor-parallel plan does not cover the model; names what it leaves out."""
 
 
 def check_sizes(config: TrainConfig) -> None:
-    """Check what the model's ``config.json`` decides: heads, the longest sequence."""
+    """Check what the model's ``config.json`` limits: heads, the longest sequence."""
     hf = load_model_config(config)
     query_heads = getattr(hf, "num_attention_heads", None)
     if not query_heads or hf.is_encoder_decoder:
@@ -53,14 +53,14 @@ def check_sizes(config: TrainConfig) -> None:
 
 
 def sliding_window(hf: PretrainedConfig) -> int | None:
-    """Tokens a sliding-window layer looks back, or None when no layer slides."""
+    """Tokens a sliding-window layer looks back, or None if there is no such layer."""
     layers = getattr(hf, "layer_types", None)
     slides = "sliding_attention" in layers if layers else True
     return getattr(hf, "sliding_window", None) if slides else None
 
 
 def check_compiler(config: TrainConfig) -> None:
-    """On CPUs torch.compile writes C++."""
+    """On CPUs torch.compile generates C++, which must be compiled."""
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
     if (
         config.compile
@@ -68,23 +68,23 @@ def check_compiler(config: TrainConfig) -> None:
         and not any(map(shutil.which, compilers))
     ):
         raise ConfigError(
-            "compile=True must find a C++ compiler, g++ or clang++, when it trains on "
-            "a CPU; try compile=False"
+            "compile=True must find a C++ compiler, g++ or clang++, to train on a "
+            "CPU; try compile=False"
         )
 
 
 def check_replicated_gradients(gradients: dict[str, torch.Tensor], group) -> bool:
     """Compare the gradients of replicated parameters; a difference stops the run.
 
-    A parameter used inside a sharded region gets a partial gradient. When nobody sums
-    it, the tp ranks drift apart silently; unequal gradients are the sign.
+    A parameter used inside a sharded region gets a partial gradient. If it is not
+    summed, the tp ranks silently drift apart; unequal gradients reveal this.
 
     Args:
         gradients: name -> this rank's gradient of a parameter replicated over tp.
         group: the tp process group.
 
     Returns:
-        Whether they could be compared: in float16 the first ones may overflow.
+        Whether they could be compared: in float16, the first ones may overflow.
 
     Raises:
         PlanError: names the parameter.
@@ -104,7 +104,7 @@ def check_replicated_gradients(gradients: dict[str, torch.Tensor], group) -> boo
         apart = (highest - lowest).abs().max()
         if apart > 1e-3 * torch.maximum(highest.abs(), lowest.abs()).max():
             raise PlanError(
-                f"the gradient of {name!r} must be the same on every tp rank but "
+                f"the gradient of {name!r} must be the same on every tp rank, but "
                 f"differs by {apart:.3g}: the plan leaves it partial; try tp_size=1"
             )
     return True
@@ -112,7 +112,7 @@ def check_replicated_gradients(gradients: dict[str, torch.Tensor], group) -> boo
 
 @torch.no_grad()
 def probe(model: nn.Module) -> torch.Tensor:
-    """The loss on a few fixed tokens, to tell whether sharding changed the model."""
+    """The loss on a few fixed tokens, to detect whether sharding changed the model."""
     training, device = model.training, next(model.parameters()).device
     tokens = torch.arange(1, 17, device=device)[None]
     model.eval()
@@ -124,7 +124,7 @@ def probe(model: nn.Module) -> torch.Tensor:
 def check_same_function(
     before: torch.Tensor, after: torch.Tensor, allowed: float, description: str
 ) -> None:
-    """Refuse sharding that passes all checks of names and shapes but changes the loss.
+    """Refuse sharding that passes all name and shape checks but changes the loss.
 
     Args:
         before, after: what ``probe`` returned before and after sharding.

@@ -1,4 +1,4 @@
-"""A Hugging Face decoder's weights: read from its files, written to files again."""
+"""A Hugging Face decoder's weights: read from its files, written back to files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def no_safetensors(config: TrainConfig) -> ConfigError:
 
 
 def stored_names(config: TrainConfig) -> set[str]:
-    """Names of the tensors in the model's files; reads their headers, no weights.
+    """Names of the tensors in the model's files; reads only their headers.
 
     Raises:
         ConfigError: the files are not safetensors.
@@ -81,7 +81,7 @@ def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_pretrained(
     model: nn.Module, config: TrainConfig, device: torch.device
 ) -> None:
-    """Fill a sharded, empty model: each rank reads only its own slices from disk.
+    """Fill an empty, sharded model: each rank reads only its own slices from disk.
 
     Raises:
         ValueError: a parameter of the model has no tensor in the files.
@@ -101,8 +101,8 @@ def load_pretrained(
 def rebuild_buffers(model: nn.Module) -> None:
     """Fill in what safetensors files do not hold, such as the rotary frequencies.
 
-    transformers computes them when it initialises weights: do that on a twin whose
-    parameters have no storage.
+    transformers computes them when it initialises weights, so initialise a twin of the
+    model whose parameters have no storage, and copy its buffers.
     """
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(model.config)
@@ -116,7 +116,7 @@ def rebuild_buffers(model: nn.Module) -> None:
 
 
 def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
-    """Write a sharded model as ``save_pretrained`` would; every rank calls."""
+    """Write a sharded model as ``save_pretrained`` would; every rank must call it."""
     hf = load_model_config(config)
     state = {
         name: tensor.to(hf.dtype or torch.float32)
@@ -133,7 +133,7 @@ def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
 
 
 def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
-    """Write an unsharded state dict as ``save_pretrained`` would; one rank calls."""
+    """Write a full state dict as ``save_pretrained`` would; only one rank calls it."""
     hf = load_model_config(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)
@@ -146,7 +146,7 @@ def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
 
 
 def export_config(config: TrainConfig, directory: Path) -> None:
-    """Write what belongs to a model beside its weights."""
+    """Write what belongs to a model besides its weights."""
     for part in (AutoConfig, AutoTokenizer, GenerationConfig):
         with contextlib.suppress(
             OSError, ValueError

@@ -1,1 +1,1 @@
-"""What a run reports while it trains, and how it is asked to stop."""
+"""What a run reports while it trains, and how it is stopped."""

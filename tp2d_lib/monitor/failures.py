@@ -1,4 +1,4 @@
-"""How a worker's failure reaches the user: which rank, where, and the first of all."""
+"""How a worker's failure reaches the user: which rank failed first, where, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RankFailed(RuntimeError):
 
 
 def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> None:
-    """Run on one worker; with the time of a failure, the driver can find the first."""
+    """Run on one worker; failures carry a time, so that the driver finds the first."""
     try:
         train_func(config)
     except Exception as error:
@@ -27,7 +27,7 @@ def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> N
 
 
 def first(error: Exception) -> str:
-    """The rank that failed first; others often fail because it is gone."""
+    """The rank that failed first; others often fail only because it is gone."""
     failures = []
     for rank, failure in getattr(error, "worker_failures", {}).items():
         found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))

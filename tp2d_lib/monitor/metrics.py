@@ -1,8 +1,9 @@
-"""What a run records: loss, norms, speed, memory, MFU; kept and written out."""
+"""What a run records: loss, norms, speed, memory and MFU."""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
@@ -41,7 +42,7 @@ def flops_per_token(model: nn.Module, seq_length: int) -> float:
     hf = model.config.get_text_config()
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     weights = sum(p.numel() for p in model.parameters())
-    if not hf.tie_word_embeddings:  # the embedding looks up, it does not multiply
+    if not hf.tie_word_embeddings:  # an embedding looks up and does not multiply
         weights -= model.get_input_embeddings().weight.numel()
     attention = (
         12 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * seq_length
@@ -50,15 +51,15 @@ def flops_per_token(model: nn.Module, seq_length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of this GPU, or None where it is not known (and on CPU)."""
+    """Peak FLOP/s of this GPU, or None if it is unknown, or on a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    words = re.findall(r"\w+", torch.cuda.get_device_name(device))
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in words), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this rank: GPU memory, or the process on CPU."""
+    """Peak memory of this rank in bytes: on the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -105,8 +106,8 @@ class Metrics:
         self.valid += data.valid_tokens(batch)  # labels are on the CPU: no device sync
 
     def log(self, step: int, learning_rate: float, position: int) -> None:
-        """Make one record of the steps since the last one; every rank calls."""
-        loss = torch.stack(self.losses).mean().item()  # the one wait for the device
+        """Record the steps since the last record; every rank must call it."""
+        loss = torch.stack(self.losses).mean().item()  # the only wait for the device
         grad_norm = torch.stack(self.grad_norms)[-1].item()
         seconds = time.perf_counter() - self.started
         valid, memory = self.over_ranks()
@@ -140,7 +141,7 @@ class Metrics:
         self.reset()
 
     def send(self, record: dict) -> None:
-        """To the driver, and through Ray to where ``report_to`` says."""
+        """Send a record to the driver and, through Ray, to ``report_to``."""
         self.publish(record)
         if self.config.report_to:
             report(dict(record), self.config)  # a copy: an eval_loss may be added

@@ -27,7 +27,7 @@ def profiler(config: TrainConfig) -> Iterator:
         yield SimpleNamespace(step=lambda: None)
         return
     on_gpu = config.device == "cuda"
-    if on_gpu:  # documented under these names; no public ones
+    if on_gpu:  # documented under these private names
         torch.cuda.memory._record_memory_history(max_entries=100_000)
 
     def keep(trace: torch.profiler.profile) -> None:

@@ -1,4 +1,4 @@
-"""Between driver and workers during training: progress one way, stopping the other."""
+"""Between driver and workers: progress goes one way, stop requests the other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProgressActor:
         self.stop_after = self.stop_after or self.last_begun + 1
 
     def is_last(self, step: int) -> bool:
-        """Whether to stop after a step that begins; the same answer for every rank."""
+        """Whether to stop after the step now beginning; the same for every rank."""
         self.last_begun = max(self.last_begun, step)
         return self.stop_after is not None and step >= self.stop_after
 
@@ -42,7 +42,7 @@ class WorkerProgress:
     """A worker's end of the progress actor; does nothing when there is none."""
 
     def __init__(self, run_name: str | None):
-        import torch.distributed as dist  # here: the actor does without
+        import torch.distributed as dist  # here: the actor does not need it
 
         self.publishes = dist.get_rank() == 0
         self.answer = None
@@ -56,7 +56,7 @@ class WorkerProgress:
             self.actor.add.remote(record)
 
     def begin(self, step: int) -> None:
-        """Ask early whether this step is the last, because the answer takes a while."""
+        """Query early whether this step is the last, because the reply takes time."""
         if self.actor:
             self.answer = self.actor.is_last.remote(step)
 
@@ -77,7 +77,7 @@ class Watcher:
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self) -> Watcher:
-        ray.get(self.actor.since.remote(0))  # workers must find it
+        ray.get(self.actor.since.remote(0))  # until workers can find it
         self.thread.start()
         return self
 
@@ -88,7 +88,7 @@ class Watcher:
         ray.kill(self.actor)
 
     def stop_training(self) -> None:
-        """Ask the workers to save a checkpoint and return."""
+        """Make the workers save a checkpoint and return."""
         self.actor.stop.remote()
 
     def watch(self) -> None:
@@ -124,8 +124,9 @@ def line(record: dict, total: int) -> str:
 
 
 def display_in_notebook() -> Callable[..., None] | None:
-    """Update one output in place, so that only the last line stays in the page."""
-    if "ipykernel" not in sys.modules:
+    """Update one output in place, so that only the last line stays on the page."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(shell, "kernel"):  # the libraries may be loaded outside of one
         return None
     from IPython.display import display  # here: notebooks only
 

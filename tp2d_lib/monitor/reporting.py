@@ -1,4 +1,4 @@
-"""Metrics to MLflow, through Ray Train's callbacks, where MLflow is installed."""
+"""Metrics sent to MLflow, if it is installed, through Ray Train's callbacks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def check_installed() -> None:
         import mlflow  # noqa: F401  # here, and below: it is optional
     except ImportError as error:
         raise ConfigError(
-            "report_to='mlflow' must find the library, which is not installed; "
-            "try pip install mlflow-skinny, or leave report_to out"
+            "report_to='mlflow' must find the MLflow library, which is not installed; "
+            "try pip install mlflow-skinny, or omit report_to"
         ) from error
 
 
 class MLflowCallback(UserCallback):
     """One MLflow run: the configuration as parameters, log records as metrics.
 
-    Made in the driver; Ray calls ``after_report`` in a process of its own. The server
-    is the one that MLflow's own variables name, such as MLFLOW_TRACKING_URI.
+    Created in the driver; Ray calls ``after_report`` in a process of its own. The
+    server is set by MLflow's environment variables, such as MLFLOW_TRACKING_URI.
 
     Raises:
-        ConfigError: MLflow is not installed, or its server does not answer.
+        ConfigError: MLflow is not installed, or its server does not respond.
     """
 
     def __init__(self, config: TrainConfig):
@@ -64,7 +64,7 @@ class MLflowCallback(UserCallback):
         return MlflowClient(self.uri)
 
     def after_report(self, run_context, metrics: list[dict], checkpoint) -> None:
-        if checkpoint is None:  # with one, the metrics were reported before
+        if checkpoint is None:  # else these metrics were already reported
             step = metrics[0]["step"]
             for name, value in metrics[0].items():
                 self.client().log_metric(self.run_id, name, value, step=step)

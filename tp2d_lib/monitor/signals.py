@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends it."""
+"""Ctrl-C and SIGTERM: the first stops a run after its step, the second at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 def on_first_signal(react: Callable[[], None]) -> Iterator[list[str]]:
     """Call ``react`` at the first signal and restore the old handlers for the next.
 
-    Yields a list that then holds the signal's name. Only the main thread gets signals.
+    Yields a list that then holds its name. Has an effect only in the main thread.
     """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread():
