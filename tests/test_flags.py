@@ -63,15 +63,15 @@ SEEN_BY = {
     "cache_dir": "data/test_rows:test_second_prepare_reuses_rows",
     "run_name": "test_launch:test_same_name_goes_on_where_it_stopped",
     "resume_from_checkpoint": "lessons/test_notebooks:test_another_mesh_and_export",
-    "eval_every": "test_cli:test_what_a_run_leaves",
+    "eval_every": "lessons/test_notebooks:test_what_a_command_leaves",
     "checkpoint_every": "test_launch:test_same_name_goes_on_where_it_stopped",
     "async_checkpoint": "test_cli:test_death_while_writing_leaves_the_one_before",
     "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
     "max_failures": "test_cli:test_failed_training_ends_with_1_and_says_how_to_go_on",
     "log_interval": "test_launch:test_same_name_goes_on_where_it_stopped",
-    "report_to": "test_cli:test_what_a_run_leaves",
-    "profile_steps": "test_cli:test_what_a_run_leaves",
-    "export_to": "test_cli:test_what_a_run_leaves",
+    "report_to": "lessons/test_notebooks:test_what_a_command_leaves",
+    "profile_steps": "lessons/test_notebooks:test_what_a_command_leaves",
+    "export_to": "lessons/test_notebooks:test_what_a_command_leaves",
 }
 
 

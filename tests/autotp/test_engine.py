@@ -27,7 +27,7 @@ def train_unchecked(config, rows, folder):
     check = autotp_engine.check_precision
     autotp_engine.check_precision = lambda *_: None
     try:
-        return train(config, rows, folder)
+        return train(config, rows, folder, resume=False)
     finally:
         autotp_engine.check_precision = check
 

@@ -1,7 +1,9 @@
 """The notebooks run as they are, prove what they say, and render completely."""
 
 import functools
+import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, pipeline
 
 from scripts import run_notebooks, sync_notebooks
 from tp2d_lib.config import ConfigError
@@ -305,25 +308,85 @@ def test_history_is_in_the_last_checkpoint(path, execute):
     assert state["position"] == 40 * 8
 
 
+OPTIONS = ["--eval_every", "20", "--profile_steps", "1", "--report_to", "mlflow"]
+
+
+@pytest.fixture(scope="module")
+def again(execute, tmp_path_factory):
+    """A command given the configuration that a notebook's run kept, once.
+
+    Returns the notebook's run, the command's run and what it printed. DeepSpeed's
+    command does more than the notebook, none of which may change its training; all
+    paths are relative, although workers have another directory.
+    """
+
+    @functools.cache
+    def run(path):
+        runs, folder = execute(path)[1] / "runs", tmp_path_factory.mktemp("again")
+        (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
+            p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
+        }
+        script = {FSDP: "train_fsdp.py", AUTOTP: "train_deepspeed.py"}[path]
+        command = [sys.executable, str(ROOT / script), "--run_name", "again"]
+        command += ["--config", str(runs / name / "config.yaml")]
+        command += ["--storage_path", "runs", "--export_to", "model"]
+        server = {"MLFLOW_TRACKING_URI": f"file://{folder}/mlflow"}
+        server |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
+        done = subprocess.run(
+            command + OPTIONS * (path == AUTOTP),
+            cwd=folder,
+            env={**os.environ, **server},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0
+        return runs / name, folder / "runs" / "again", done.stdout
+
+    return run
+
+
+def history(run) -> list[dict]:
+    state = run / "checkpoint-000040" / "trainer_state.json"
+    return json.loads(state.read_text())["history"]
+
+
 @each
-def test_the_command_line_gives_the_same_losses(path, execute, tmp_path):
-    """The configuration that a notebook's run kept, given to the command."""
-    runs = execute(path)[1] / "runs"
-    (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
-        p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
-    }
-    script = {FSDP: "train_fsdp.py", AUTOTP: "train_deepspeed.py"}[path]
-    command = [sys.executable, str(ROOT / script), "--run_name", "again"]
-    command += ["--config", str(runs / name / "config.yaml")]
-    run = subprocess.run([*command, "--storage_path", str(tmp_path)], timeout=200)
-    assert run.returncode == 0
-    states = [
-        json.loads((folder / "checkpoint-000040" / "trainer_state.json").read_text())
-        for folder in (runs / name, tmp_path / "again")
-    ]
+def test_the_command_line_gives_the_same_losses(path, again):
     figures = [
-        [(record["loss"], record["grad_norm"]) for record in state["history"]]
-        for state in states
+        [(record["loss"], record["grad_norm"]) for record in history(run)]
+        for run in again(path)[:2]
     ]
     assert len(figures[0]) == 40
     assert figures[0] == figures[1]
+
+
+def test_what_a_command_leaves(again):
+    """Validation losses, a trace, MLflow's and TensorBoard's records, a model."""
+    _, run, out = again(AUTOTP)
+    losses = {r["step"]: r["eval_loss"] for r in history(run) if "eval_loss" in r}
+    assert losses.keys() == {20, 40}
+    assert f"step 40: eval_loss {losses[40]:.4f}" in out
+    assert losses[40] < losses[20]
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    written = {e.step: e.value for e in events.Scalars("eval/loss")}
+    assert written == pytest.approx(losses)
+    folder = run.parents[1]
+    logged = {p.name: p for p in (folder / "mlflow").glob("*/*/metrics/*")}
+    lines = [line.split() for line in logged["eval_loss"].read_text().splitlines()]
+    assert {int(step): float(value) for _, value, step in lines} == losses
+    assert logged.keys() >= {"loss", "grad_norm", "tokens_per_second"}
+    assert "status: 3" in next(folder.glob("mlflow/*/*/meta.yaml")).read_text()
+
+    for rank in range(4):
+        trace = gzip.decompress((run / f"profile/rank{rank}.json.gz").read_bytes())
+        names = [event.get("name", "") for event in json.loads(trace)["traceEvents"]]
+        assert sum(name.startswith("ProfilerStep") for name in names) == 1
+        assert any("all_reduce" in name or "allreduce" in name for name in names)
+
+    write = pipeline("text-generation", model=str(folder / "model"))
+    (answer,) = write("The", min_new_tokens=5, max_new_tokens=5)
+    assert len(answer["generated_text"]) > len("The")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert exported.num_parameters() == 1_058_496
