@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tp2d_lib import checkpoint, fsdp, launch
+from tp2d_lib import autotp, checkpoint, fsdp, launch
 from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
 
@@ -54,6 +54,11 @@ def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
     assert second[-1]["position"] == 6 * moved.global_batch_size
     kept = sorted(path.name for path in Path(result.path).glob("checkpoint-*"))
     assert kept == ["checkpoint-000004", "checkpoint-000006"]  # save_total_limit
+
+    with pytest.raises(ConfigError, match=r"run_name='again' must resume with the eng"):
+        launch.run(autotp.train_func, moved, autotp.check)
+    with pytest.raises(ConfigError, match=r"seed=7 must be what .*-000006 was written"):
+        launch.run(fsdp.train_func, replace(moved, seed=7), fsdp.check)
 
 
 def fails(config):

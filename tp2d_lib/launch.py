@@ -20,7 +20,7 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
-from tp2d_lib import data, evaluate
+from tp2d_lib import checkpoint, data, evaluate
 from tp2d_lib.checkpoint import storage
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
@@ -186,16 +186,19 @@ def prepare(config: TrainConfig) -> TrainConfig:
     """Fill in what is decided once per run: its rows and its name.
 
     Raises:
-        ConfigError: the data yields too few rows.
+        ConfigError: the data yields too few rows, or other rows than those of the
+            checkpoint that the run starts from.
     """
     rows, held_out = data.prepare(config), evaluate.prepare(config)
     data.BatchLoader(config, rows, dp_rank=0)  # raises if they fill no global batch
-    return replace(
+    config = replace(
         config,
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
         prepared_data=str(rows),
         prepared_eval_data=held_out and str(held_out),
     )
+    checkpoint.check_start(config)
+    return config
 
 
 def pick_device(config: TrainConfig) -> str:

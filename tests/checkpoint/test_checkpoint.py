@@ -9,6 +9,7 @@ import pytest
 from tests.support.demo import make_config
 from tp2d_lib import checkpoint, data
 from tp2d_lib.checkpoint import integrity, ray_train
+from tp2d_lib.config import ConfigError
 
 
 def write_checkpoint(folder):
@@ -47,5 +48,5 @@ def test_other_samples_are_refused(demo_paths, tmp_path):
     longer = replace(config, prepared_data=None, seq_length=128)
     longer = replace(longer, prepared_data=str(data.prepare(longer)))
     for other in (replace(config, seed=7), longer):
-        with pytest.raises(checkpoint.CheckpointError, match="try another run_name"):
+        with pytest.raises(ConfigError, match="try another run_name"):
             ray_train.check_same_samples(state, other, Path("run/checkpoint-000003"))

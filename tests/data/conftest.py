@@ -2,9 +2,8 @@
 
 import pytest
 
+from tests.support.texts import SEQ
 from tp2d_lib.config import TrainConfig
-
-SEQ = 16
 
 
 @pytest.fixture

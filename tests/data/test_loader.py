@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import SEQ
-from tests.support.texts import sentences, write_texts
+from tests.support.texts import SEQ, sentences, write_texts
 from tp2d_lib import data
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data.loader import epoch_order

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.data.conftest import SEQ
-from tests.support.texts import sentences, write_lines, write_texts
+from tests.support.texts import SEQ, sentences, write_lines, write_texts
 from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
 

@@ -67,11 +67,14 @@ def references(models):
     ids=str,
 )
 def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
+    """One model meets every variant on every mesh, the others each variant once."""
     tp_size, dp_size = mesh
+    half = VARIANTS[:2] if mesh == LARGEST[0] else VARIANTS[2:]
+    variants = VARIANTS if name == "qwen2-tied" else half
     answers = pools(tp_size * dp_size).run(
-        train_on_mesh, models[name], tp_size, dp_size, VARIANTS, str(tmp_path)
+        train_on_mesh, models[name], tp_size, dp_size, variants, str(tmp_path)
     )
-    for variant, *ranks in zip(VARIANTS, *answers, strict=True):
+    for variant, *ranks in zip(variants, *answers, strict=True):
         expected = references[(name, *variant)]
         for got in ranks:  # the same numbers on every rank
             torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)

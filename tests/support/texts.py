@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+SEQ = 16  # tokens in a row of the data tests
+
 
 def write_lines(directory: Path, documents: list[dict], split: str = "train") -> str:
     directory.mkdir(exist_ok=True)

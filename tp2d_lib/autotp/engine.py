@@ -33,7 +33,6 @@ from tp2d_lib.model.guards import (
 )
 
 TAG = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
-LAYOUT_FILE = "layout.json"
 
 
 def train_step(
@@ -183,7 +182,7 @@ class AutoTPEngine:
         if self.mesh["tp"].get_local_rank() == 0:  # equal on the other tp ranks
             torch.save(rng.states(self.device), directory / self.rng_file())
         if dist.get_rank() == 0:
-            (directory / LAYOUT_FILE).write_text(
+            (directory / universal.LAYOUT_FILE).write_text(
                 json.dumps(universal.layout(self.config))
             )
         dist.barrier()
@@ -191,7 +190,7 @@ class AutoTPEngine:
     def load(self, directory: str | Path) -> None:
         """Load a checkpoint, from this mesh or another one; every rank must call it."""
         directory = Path(directory)
-        stored = json.loads((directory / LAYOUT_FILE).read_text())
+        stored = json.loads((directory / universal.LAYOUT_FILE).read_text())
         if stored == universal.layout(self.config):
             self.load_deepspeed(directory, TAG)
         else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from tp2d_lib import checkpoint
 from tp2d_lib import model as models
-from tp2d_lib.autotp import partition, rules
+from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
 
@@ -29,10 +31,14 @@ def check(config: TrainConfig) -> TrainConfig:
         PlanError: rules that match nothing, or shard half of a pair.
     """
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
+    from tp2d_lib.checkpoint import storage  # and Arrow
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
-    preflight.check(config)
+    preflight.check(config, marker=universal.LAYOUT_FILE)
+    if start := checkpoint.start_of(config):
+        stored = json.loads(storage.read(start, universal.LAYOUT_FILE))
+        universal.check(stored, config, start)
     if config.tp_size > 1:
         partition.check(models.build_empty_model(config), config)
     return config

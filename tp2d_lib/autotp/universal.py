@@ -18,6 +18,7 @@ from deepspeed.checkpoint.constants import PARAM
 
 from tp2d_lib.config import ConfigError, TrainConfig
 
+LAYOUT_FILE = "layout.json"  # beside DeepSpeed's files
 TAG = "universal"  # the folder of the converted files
 LAYOUT = ("tp_size", "dp_size", "zero_stage")
 PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
@@ -29,14 +30,16 @@ def layout(config: TrainConfig) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def check(stored: dict, config: TrainConfig, directory: Path) -> None:
-    """Refuse what Universal Checkpoint cannot convert.
+def check(stored: dict, config: TrainConfig, directory: object) -> None:
+    """Refuse a layout that Universal Checkpoint cannot convert.
 
     It converts the state of AdamW, from ZeRO 1 or 2 to 1 or 2, and from 3 to 3.
 
     Raises:
         ConfigError: the optimizer or the ZeRO stage cannot be converted.
     """
+    if stored == layout(config):
+        return
     before, now = stored["zero_stage"], config.zero_stage
     wrote = ", ".join(f"{name}={stored[name]}" for name in LAYOUT)
     if config.optimizer != "adamw":

@@ -4,7 +4,15 @@ from typing import Any
 
 from tp2d_lib.checkpoint.integrity import CheckpointError, checksums, verify
 
-WITH_RAY = ("commit", "history", "last_of", "report", "restore")
+WITH_RAY = (
+    "check_start",
+    "commit",
+    "history",
+    "last_of",
+    "report",
+    "restore",
+    "start_of",
+)
 __all__ = ["CheckpointError", "checksums", "verify", *WITH_RAY]
 
 

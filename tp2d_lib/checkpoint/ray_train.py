@@ -10,13 +10,9 @@ import ray.train
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 
-from tp2d_lib.checkpoint.integrity import (
-    STATE_FILE,
-    CheckpointError,
-    verify,
-    write_checksums,
-)
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.checkpoint import storage
+from tp2d_lib.checkpoint.integrity import STATE_FILE, verify, write_checksums
+from tp2d_lib.config import ConfigError, TrainConfig
 
 
 def commit(engine, state: dict, config: TrainConfig) -> None:
@@ -69,6 +65,7 @@ def restore(engine, config: TrainConfig) -> dict:
 
     Raises:
         CheckpointError: a file is missing or its content has changed.
+        ConfigError: it was written with other rows or another seed.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and config.resume_from_checkpoint:
@@ -85,11 +82,11 @@ def restore(engine, config: TrainConfig) -> dict:
         return state
 
 
-def check_same_samples(state: dict, config: TrainConfig, directory: Path) -> None:
+def check_same_samples(state: dict, config: TrainConfig, directory: object) -> None:
     """A position in the data has the same meaning only for the same rows and seed."""
     for name, now in samples_of(config).items():
         if state[name] != now:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{name}={now!r} must be what {directory} was written with, "
                 f"{state[name]!r}; set it back, or try another run_name"
             )
@@ -98,6 +95,22 @@ def check_same_samples(state: dict, config: TrainConfig, directory: Path) -> Non
 def samples_of(config: TrainConfig) -> dict:
     """What determines the stream of samples, besides the position in it."""
     return {"seed": config.seed, "prepared_data": Path(config.prepared_data).name}
+
+
+def check_start(config: TrainConfig) -> None:
+    """Find in the driver that a run cannot continue the samples of its checkpoint.
+
+    Raises:
+        ConfigError: it was written with other rows or another seed.
+    """
+    if start := start_of(config):
+        state = json.loads(storage.read(start, STATE_FILE))
+        check_same_samples(state, config, start)
+
+
+def start_of(config: TrainConfig) -> str | None:
+    """Path of the checkpoint that a run will load: its latest, or the one it names."""
+    return last_of(config) or config.resume_from_checkpoint
 
 
 def last_of(config: TrainConfig) -> str | None:

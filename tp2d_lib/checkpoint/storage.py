@@ -17,6 +17,13 @@ def has(folder: str, name: str) -> bool:
     return files.get_file_info(f"{path}/{name}").is_file
 
 
+def read(folder: str, name: str) -> bytes:
+    """The content of a file in a folder, local or remote."""
+    files, path = FileSystem.from_uri(folder)
+    with files.open_input_stream(f"{path}/{name}", compression=None) as file:
+        return file.read()
+
+
 def write(config: TrainConfig, name: str, content: bytes) -> None:
     """Write a file into the run's folder; ``name`` may contain folders."""
     files, storage = FileSystem.from_uri(config.storage_path)
