@@ -14,6 +14,7 @@ import pytest
 import ray
 import yaml
 
+from tests.support.demo import train_without_ray
 from tp2d_lib import checkpoint, cli, fsdp, launch, loop
 from tp2d_lib.checkpoint import integrity
 from tp2d_lib.config import ConfigError, TrainConfig
@@ -213,23 +214,11 @@ def storage(tmp_path_factory):
     return tmp_path_factory.mktemp("storage")
 
 
-def train_without_ray(config, folder):
-    """Run by every rank: all steps of a run in a loop of its own, then its shards."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    total = loader.steps_left
-    for step, batch in enumerate(loader, start=1):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = loop.learning_rate(step, total, config)
-        engine.step(batch)
-    engine.save(folder)
-
-
 @pytest.fixture(scope="module")
 def whole(storage, pools):
     """The shards at the end of training that nothing interrupts."""
-    pools(2).run(train_without_ray, configure(storage), str(storage / "whole"))
+    config = configure(storage)
+    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
     return shards(storage / "whole")
 
 

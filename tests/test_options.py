@@ -17,10 +17,10 @@ VARIANT = ("padded", 1, "sgd")
 
 
 @cache  # DTensor goes on with the groups of the first of equal meshes
-def the_mesh():
+def the_mesh(dp_size, tp_size):
     from tp2d_lib.mesh import build_mesh
 
-    return build_mesh(2, 2)
+    return build_mesh(dp_size, tp_size)
 
 
 def train(engine, configs):
@@ -31,7 +31,8 @@ def train(engine, configs):
 
     from tp2d_lib.cost.comm import CommBytes
 
-    results, mesh = [], the_mesh()
+    results = []
+    mesh = the_mesh(configs[0].dp_size, configs[0].tp_size)
     for config in configs:
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
         batches = share_of(make_steps(*VARIANT[:2]), mesh, config.batch_size_per_gpu)
@@ -67,8 +68,9 @@ def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("engine", ["fsdp", "autotp"])
 def test_compiled_equals_plain(engine, plain, pools):
+    plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
     again = replace(plain, activation_checkpointing=True, compile=True)
-    for expected, got in pools(4, engine).run(train, engine, [plain, again]):
+    for expected, got in pools(2, engine).run(train, engine, [plain, again]):
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
         for weight, other in zip(got[1], expected[1], strict=True):
             torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)

@@ -59,7 +59,9 @@ def test_mesh_equals_one_process(
     """Losses, norms and exported weights; and a resume that is bit-equal."""
     # DeepSpeed keeps one mesh in a process for good: each has processes of its own.
     ranks = pools(mesh[0] * mesh[1], f"autotp-{mesh}")
-    for variant in VARIANTS:
+    # One model meets both variants, each other model one of them.
+    variants = {"qwen3": VARIANTS[:1], "llama": VARIANTS[1:]}.get(name, VARIANTS)
+    for variant in variants:
         folder = tmp_path / variant[2]
         config = make_config(models[name], str(tmp_path), *mesh, stage, variant)
         losses, norms, weights = references[(name, *variant)]
@@ -259,8 +261,8 @@ MOVES = [
 @pytest.mark.parametrize(
     ("name", "before", "after", "stage", "then"),
     [
-        *(("qwen2-tied", *move) for move in MOVES),
-        *(("llama", *move) for move in MOVES[:1] + MOVES[-1:]),  # an untied head
+        *(("qwen2-tied", *MOVES[i]) for i in (0, 2, 3)),
+        *(("llama", *MOVES[i]) for i in (1, 4)),  # an untied head
     ],
 )
 def test_another_mesh_goes_on_with_the_same_run(

@@ -13,7 +13,6 @@ from tests.support.parity import (
 )
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
-LARGEST = MESHES[-2:]
 # (rows, accumulation, optimizer): each pair of settings meets once
 VARIANTS = [
     ("packed", 1, "sgd"),
@@ -62,15 +61,14 @@ def references(models):
     ("name", "mesh"),
     [
         *(("qwen2-tied", mesh) for mesh in MESHES),
-        *((name, mesh) for name in CONFIGS if name != "qwen2-tied" for mesh in LARGEST),
+        *((name, (4, 1)) for name in CONFIGS if name != "qwen2-tied"),
     ],
     ids=str,
 )
 def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
-    """One model meets every variant on every mesh, the others each variant once."""
+    """One model meets every variant on every mesh; for others see test_families too."""
     tp_size, dp_size = mesh
-    half = VARIANTS[:2] if mesh == LARGEST[0] else VARIANTS[2:]
-    variants = VARIANTS if name == "qwen2-tied" else half
+    variants = VARIANTS if name == "qwen2-tied" else VARIANTS[1:3]
     answers = pools(tp_size * dp_size).run(
         train_on_mesh, models[name], tp_size, dp_size, variants, str(tmp_path)
     )

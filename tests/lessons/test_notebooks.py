@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, pipeline
 
 from scripts import run_notebooks, sync_notebooks
+from tests.support.demo import train_without_ray
+from tp2d_lib import cli
 from tp2d_lib.config import ConfigError
 from tp2d_lib.lessons import notebook
 
@@ -308,42 +310,13 @@ def test_history_is_in_the_last_checkpoint(path, execute):
     assert state["position"] == 40 * 8
 
 
-OPTIONS = ["--eval_every", "20", "--profile_steps", "1", "--report_to", "mlflow"]
-
-
-@pytest.fixture(scope="module")
-def again(execute, tmp_path_factory):
-    """A command given the configuration that a notebook's run kept, once.
-
-    Returns the notebook's run, the command's run and what it printed. DeepSpeed's
-    command does more than the notebook, none of which may change its training; all
-    paths are relative, although workers have another directory.
-    """
-
-    @functools.cache
-    def run(path):
-        runs, folder = execute(path)[1] / "runs", tmp_path_factory.mktemp("again")
-        (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
-            p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
-        }
-        script = {FSDP: "train_fsdp.py", AUTOTP: "train_deepspeed.py"}[path]
-        command = [sys.executable, str(ROOT / script), "--run_name", "again"]
-        command += ["--config", str(runs / name / "config.yaml")]
-        command += ["--storage_path", "runs", "--export_to", "model"]
-        server = {"MLFLOW_TRACKING_URI": f"file://{folder}/mlflow"}
-        server |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
-        done = subprocess.run(
-            command + OPTIONS * (path == AUTOTP),
-            cwd=folder,
-            env={**os.environ, **server},
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0
-        return runs / name, folder / "runs" / "again", done.stdout
-
-    return run
+def kept_by(path, execute):
+    """The folder of a notebook's first run: with it lies the configuration."""
+    runs = execute(path)[1] / "runs"
+    (name,) = {p.parent.name for p in runs.glob("run-*/config.yaml")} - {
+        p.parent.name for p in runs.glob("run-*-*-*/config.yaml")
+    }
+    return runs / name
 
 
 def history(run) -> list[dict]:
@@ -351,19 +324,55 @@ def history(run) -> list[dict]:
     return json.loads(state.read_text())["history"]
 
 
-@each
-def test_the_command_line_gives_the_same_losses(path, again):
-    figures = [
-        [(record["loss"], record["grad_norm"]) for record in history(run)]
-        for run in again(path)[:2]
-    ]
-    assert len(figures[0]) == 40
-    assert figures[0] == figures[1]
+def figures(run) -> list[tuple]:
+    return [(record["loss"], record["grad_norm"]) for record in history(run)]
+
+
+def test_a_loop_without_ray_gives_the_same_losses(execute, pools, tmp_path):
+    """The configuration that the run kept, on forked ranks; the command equals that
+    loop too: tests/test_cli.py."""
+    run = kept_by(FSDP, execute)
+    config = cli.read_config({"config": str(run / "config.yaml")})
+    trained = pools(4).run(train_without_ray, "fsdp", config, str(tmp_path))
+    assert len(trained[0]) == 40
+    assert trained == [figures(run)] * 4
+
+
+@pytest.fixture(scope="module")
+def again(execute, tmp_path_factory):
+    """The command, given the configuration that a notebook's run kept.
+
+    It does more than the notebook, none of which may change training; all its paths are
+    relative, although workers have another directory. Returns its run and its output.
+    """
+    folder = tmp_path_factory.mktemp("again")
+    command = [sys.executable, str(ROOT / "train_deepspeed.py"), "--run_name", "again"]
+    command += ["--config", str(kept_by(AUTOTP, execute) / "config.yaml")]
+    command += ["--storage_path", "runs", "--export_to", "model", "--eval_every", "20"]
+    command += ["--profile_steps", "1", "--report_to", "mlflow"]
+    server = {"MLFLOW_TRACKING_URI": f"file://{folder}/mlflow"}
+    server |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **server},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0
+    return folder / "runs" / "again", done.stdout
+
+
+def test_the_command_line_gives_the_same_losses(execute, again):
+    trained = figures(again[0])
+    assert len(trained) == 40
+    assert trained == figures(kept_by(AUTOTP, execute))
 
 
 def test_what_a_command_leaves(again):
     """Validation losses, a trace, MLflow's and TensorBoard's records, a model."""
-    _, run, out = again(AUTOTP)
+    run, out = again
     losses = {r["step"]: r["eval_loss"] for r in history(run) if "eval_loss" in r}
     assert losses.keys() == {20, 40}
     assert f"step 40: eval_loss {losses[40]:.4f}" in out

@@ -1,6 +1,11 @@
-"""Configurations of the demo model with one global batch on every mesh."""
+"""The demo model: one global batch on every mesh, and a run without Ray."""
 
+from importlib import import_module
+
+from tp2d_lib import loop
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import build_dataloader
+from tp2d_lib.mesh import build_mesh
 
 GLOBAL_BATCH = 4
 
@@ -17,3 +22,17 @@ def make_config(paths, storage, tp_size, dp_size, **settings):
         storage_path=str(storage),
         **settings,
     )
+
+
+def train_without_ray(engine, config, folder):
+    """Run by every rank: all steps of a run in a loop of its own, then its shards."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    total, figures = loader.steps_left, []
+    for step, batch in enumerate(loader, start=1):
+        for group in built.optimizer.param_groups:
+            group["lr"] = loop.learning_rate(step, total, config)
+        figures.append(tuple(map(float, built.step(batch))))
+    built.save(folder)
+    return figures
