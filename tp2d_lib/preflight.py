@@ -38,8 +38,10 @@ def check_written_by_engine(config: TrainConfig, marker: str) -> None:
     """The checkpoint that the run will load is one of its own engine."""
     start = checkpoint.start_of(config)
     if start and not storage.has(start, marker):
+        named = start == config.resume_from_checkpoint
+        field = "resume_from_checkpoint" if named else "run_name"
         raise ConfigError(
-            f"run_name={config.run_name!r} must resume with the engine that wrote "
-            f"{start}, which has no {marker}; try the other command, or another "
-            "run_name"
+            f"{field}={getattr(config, field)!r} must resume with the engine that "
+            f"wrote {start}, which has no {marker}; try the other command, or another "
+            f"{field}"
         )

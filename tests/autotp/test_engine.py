@@ -312,3 +312,5 @@ def test_what_universal_checkpoint_cannot_do_is_said(
     (tmp_path / "checkpoint" / "trainer_state.json").touch()  # the loop's, in a run
     with pytest.raises(ConfigError, match=sentence):  # and before that, in the driver
         autotp.check(replace(config, resume_from_checkpoint=folder))
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint=.* must resume"):
+        fsdp.check(replace(config, resume_from_checkpoint=folder))
