@@ -15,8 +15,7 @@ import ray
 import yaml
 
 from tests.support.demo import train_without_ray
-from tp2d_lib import checkpoint, cli, fsdp, launch, loop
-from tp2d_lib.checkpoint import integrity
+from tp2d_lib import checkpoint, cli, fsdp, integrity, launch, loop
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh

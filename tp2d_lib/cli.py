@@ -80,7 +80,9 @@ def options(f, hints: dict) -> dict[str, Any]:
 
 
 def read_config(given: dict[str, Any]) -> TrainConfig:
-    """Defaults, the demo's values, the file's, then flags; later ones override.
+    """Defaults, the demo's values, the run's to resume, the file's, then flags.
+
+    Later ones override earlier ones.
 
     Raises:
         ConfigError: a value or a combination that is not allowed.
@@ -94,6 +96,8 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
         storage = given.get("storage_path") or file.get("storage_path")
         storage = storage or presets.default_storage()
         values |= presets.preset_values("demo", storage) | {"device": "cpu"}
+    if run is not None:
+        values |= values_of_run(run, {**values, **file, **given})
     values |= file | given
     if "tp_size" not in values:
         raise ConfigError("tp_size must be given: ranks that share each layer; try 2")
@@ -105,12 +109,33 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     return config
 
 
+def values_of_run(run: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What a run was last started with, from the configuration in its folder."""
+    storage = values.get("storage_path") or TrainConfig.storage_path
+    path = Path(storage).expanduser() / run / "config.yaml"
+    if not path.is_file():  # check_run_exists tells
+        return {}
+    stored = read_file(str(path))
+    cache = stored.get("cache_dir") or str(Path(stored["storage_path"], "data"))
+    for name in ("prepared_data", "prepared_eval_data"):  # found again, or made
+        if str(stored.get(name)).startswith(f"{cache}/"):
+            del stored[name]
+    for name in ("num_workers", "storage_path"):  # follow from the mesh; may have moved
+        del stored[name]
+    return stored
+
+
 def read_file(path: str | None) -> dict[str, Any]:
-    """A YAML file of field names, or of flags without their dashes."""
+    """A YAML file of field names, or of flags without their dashes.
+
+    Of several documents the last one counts: a run's own ``config.yaml`` has one for
+    each time the run was started.
+    """
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text("utf-8")) or {}
+        documents = list(yaml.safe_load_all(Path(path).expanduser().read_text("utf-8")))
+        values = (documents or [None])[-1] or {}
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not keys")
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -161,6 +186,7 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
 
 def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     from tp2d_lib import launch
+    from tp2d_lib.checkpoint import CheckpointError
     from tp2d_lib.model import PlanError
 
     launch.quiet()
@@ -173,7 +199,7 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
         if is_dry_run:
             return dry_run(engine, config)
         return train(module.train_func, config, argv)
-    except (ConfigError, PlanError) as error:
+    except (CheckpointError, ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -201,14 +227,12 @@ def dry_run(engine: str, config: TrainConfig) -> int:
 
 
 def train(train_func, config: TrainConfig, argv: list[str]) -> int:
-    import ray.train
-
-    from tp2d_lib import checkpoint, launch
+    from tp2d_lib import attempts, checkpoint, launch
 
     print(launch.as_yaml(config), flush=True)
     try:
         result = launch.train(train_func, config)
-    except (ray.train.TrainingFailedError, launch.Stopped) as error:
+    except (*attempts.FAILED, launch.Stopped) as error:
         print(report(error, config, argv), file=sys.stderr)
         return 1
     last = checkpoint.history(result)[-1]

@@ -6,12 +6,11 @@ import copyreg
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 
 import ray
 import ray.train
@@ -20,8 +19,8 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
-from tp2d_lib import checkpoint, data, evaluate
-from tp2d_lib.checkpoint import storage
+from tp2d_lib import attempts, checkpoint, data, evaluate
+from tp2d_lib.checkpoint import manifest, resume, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
 
@@ -113,7 +112,9 @@ def run(
     Raises:
         ConfigError, PlanError: before any worker starts.
         Stopped: a signal ended the run early.
-        ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times.
+        CheckpointError: the run has checkpoints, but all are damaged.
+        ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times,
+            or in a way that it would again.
     """
     config = replace(config, device=pick_device(config))
     return train(train_func, prepare(check(config)))
@@ -121,14 +122,23 @@ def run(
 
 def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """``run`` for a configuration that is already checked and prepared."""
+    if result := finished(config):
+        return result
     connect()
-    storage.write(config, "config.yaml", as_yaml(config).encode())
+    storage.append(config, "config.yaml", as_yaml(config))
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
-    trainer = build_trainer(train_func, config, callbacks)
     status = "FAILED"
     try:
-        with progress.Watcher(config.run_name) as watcher:
-            result, caught = fit(trainer, watcher)
+        with (
+            progress.Watcher(config.run_name) as watcher,
+            signals.on_first_signal(watcher.stop_training) as caught,
+        ):
+            result = attempts.fit(
+                lambda: build_trainer(train_func, config, callbacks),
+                config,
+                watcher,
+                caught,
+            )
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
     finally:
@@ -157,30 +167,29 @@ def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrai
             name=config.run_name,
             storage_path=config.storage_path,
             callbacks=callbacks,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.save_total_limit
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=0),  # see attempts
         ),
     )
 
 
-def fit(trainer: TorchTrainer, watcher: progress.Watcher):
-    """Train; returns Ray's result and a list with the name of any signal received.
-
-    Ray runs in another thread: in the main one it handles Ctrl-C and abandons the run.
-    """
-    future: Future = Future()
-
-    def wait() -> None:
-        try:
-            future.set_result(trainer.fit())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=wait, daemon=True).start()
-    with signals.on_first_signal(watcher.stop_training) as caught:
-        return future.result(), caught
+def finished(config: TrainConfig) -> ray.train.Result | None:
+    """The result of a run that has nothing left to train or export, or None."""
+    start = checkpoint.start_of(config)
+    if start is None or config.export_to:
+        return None
+    loader = data.BatchLoader(config, Path(config.prepared_data), dp_rank=0)
+    stored = manifest.read(start)
+    loader.step, loader.position = stored["step"], stored["position"]
+    if loader.steps_left:
+        return None
+    print(
+        f"nothing left to train after step {loader.step} of {start}; to go on, raise "
+        "max_steps or num_epochs"
+    )
+    path = str(manifest.run_folder(config))
+    return ray.train.Result(
+        {"step": loader.step}, ray.train.Checkpoint(start), error=None, path=path
+    )
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
@@ -198,7 +207,9 @@ def prepare(config: TrainConfig) -> TrainConfig:
         prepared_data=str(rows),
         prepared_eval_data=held_out and str(held_out),
     )
-    checkpoint.check_start(config)
+    stored = resume.check(config)
+    if stored and (changed := resume.changes(stored, config)):
+        print(changed)
     return config
 
 

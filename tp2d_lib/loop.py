@@ -18,11 +18,11 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
 
     When the driver requests a stop, the current step is the last one and is saved.
     """
-    state = checkpoint.restore(engine, config)
-    loader.position = state["position"]
-    start, total = state["step"], state["step"] + loader.steps_left
     driver = progress.WorkerProgress(config.run_name)
-    driver.publish({"notice": engine.notice})
+    state = checkpoint.restore(engine, config, driver.notify)
+    loader.step, loader.position = state["step"], state["position"]
+    start, total = state["step"], state["step"] + loader.steps_left
+    driver.notify(engine.notice)
     driver.publish({"start": start, "total": total})
     step = start
     metrics = Metrics(engine, config, start, state["history"], driver.publish)
@@ -32,6 +32,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             rate = learning_rate(step, total, config)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
+                group["weight_decay"] = config.weight_decay  # else the checkpoint's
             loss, grad_norm = engine.step(batch)
             profile.step()
             metrics.add(batch, loss, grad_norm)

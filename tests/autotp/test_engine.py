@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.parity import make_steps, share_of, train_references
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.autotp import engine as autotp_engine
 from tp2d_lib.autotp.zero import deepspeed_config
+from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import ConfigError
 from tp2d_lib.cost import memory
 
@@ -309,7 +311,9 @@ def test_what_universal_checkpoint_cannot_do_is_said(
     config = replace(config, **settings)
     for said in ranks.run(refused, config, folder):
         assert re.search(sentence, said)
-    (tmp_path / "checkpoint" / "trainer_state.json").touch()  # the loop's, in a run
+    written = tmp_path / "checkpoint.partial"  # as a run writes it
+    Path(folder).rename(written)
+    manifest.publish(written, {}, {"engine": "autotp"})
     with pytest.raises(ConfigError, match=sentence):  # and before that, in the driver
         autotp.check(replace(config, resume_from_checkpoint=folder))
     with pytest.raises(ConfigError, match=r"^resume_from_checkpoint=.* must resume"):

@@ -1,6 +1,7 @@
-"""A checkpoint that was damaged, or belongs to other samples, is refused."""
+"""A checkpoint that was damaged is named and refused; one of another run, too."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,45 +9,124 @@ import pytest
 
 from tests.support.demo import make_config
 from tp2d_lib import checkpoint, data
-from tp2d_lib.checkpoint import integrity, ray_train
+from tp2d_lib.checkpoint import manifest, resume
 from tp2d_lib.config import ConfigError
 
 
-def write_checkpoint(folder):
-    """Run by one rank: a checkpoint's files, as commit writes them."""
-    folder = Path(folder)
-    folder.mkdir()
-    (folder / "weights.bin").write_bytes(bytes(range(256)) * 100)
-    (folder / integrity.STATE_FILE).write_text(json.dumps({"step": 3}))
-    integrity.write_checksums(folder)
+def write_checkpoint(config, step, engine="fsdp"):
+    """A checkpoint's files, as commit writes them, but with weights of 25 kB."""
+    partial = manifest.partial_folder(config, step)
+    partial.mkdir(parents=True)
+    (partial / "weights.bin").write_bytes(bytes(range(256)) * 100)
+    (partial / manifest.STATE_FILE).write_text(json.dumps({"step": step}))
+    about = {"step": step, "position": 8 * step, **resume.about(engine, config)}
+    return manifest.publish(partial, {}, about)
 
 
-@pytest.mark.parametrize("damage", ["one bit", "missing", "not complete"])
-def test_damaged_checkpoint_is_refused(damage, pools, tmp_path):
-    folder = tmp_path / "checkpoint-000003"
-    pools(1).run(write_checkpoint, str(folder))
+@pytest.fixture(scope="module")
+def prepared(demo_paths, tmp_path_factory):
+    config = make_config(demo_paths, tmp_path_factory.mktemp("data"), 1, 1)
+    return replace(config, prepared_data=str(data.prepare(config)))
+
+
+@pytest.fixture
+def config(prepared, tmp_path):
+    return replace(prepared, storage_path=str(tmp_path), run_name="run")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "flip": flip,
+    "truncate": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "delete": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["weights.bin", manifest.STATE_FILE, "manifest.json"])
+def test_damaged_checkpoint_is_refused(name, damage, config):
+    folder = write_checkpoint(config, 3)
     checkpoint.verify(folder)
-    weights = folder / "weights.bin"
-    if damage == "one bit":
-        content = bytearray(weights.read_bytes())
-        content[1234] ^= 1
-        weights.write_bytes(content)
-    elif damage == "missing":
-        weights.unlink()
-    else:
-        (folder / "checksums-0.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=str(folder)):
+    DAMAGES[damage](folder / name)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{folder}.*(must|has)"):
         checkpoint.verify(folder)
 
 
-def test_other_samples_are_refused(demo_paths, tmp_path):
+def test_the_newest_whole_one_is_the_last(config):
+    folders = [write_checkpoint(config, step) for step in (1, 2, 3)]
+    assert checkpoint.last_of(config) == str(folders[2])
+    truncate(folders[2] / "weights.bin")
+    assert checkpoint.last_of(config) == str(folders[1])
+    (folders[1] / "manifest.json").unlink()
+    assert checkpoint.start_of(config) == str(folders[0])
+    (folders[0] / "weights.bin").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"but .*checkpoint-000003"):
+        checkpoint.start_of(config)
+
+
+def test_a_damaged_one_is_replaced_and_good_ones_are_kept(config):
+    config = replace(config, save_total_limit=2)
+    folders = [write_checkpoint(config, step) for step in (2, 4, 6)]
+    for folder in folders[1:]:
+        flip(folder / "weights.bin")
+    write_checkpoint(config, 3)  # the run went back to step 2
+    manifest.prune(config, 3)
+    names = ["000006", "000004", "000003", "000002"]
+    assert [path.name[-6:] for path in manifest.checkpoints(config)] == names
+    checkpoint.verify(write_checkpoint(config, 4))
+    manifest.prune(config, 4)
+    assert [path.name[-6:] for path in manifest.checkpoints(config)] == names[:3]
+
+
+def test_leftovers_of_a_dead_attempt_are_removed(config):
+    whole = write_checkpoint(config, 2)
+    torn = manifest.partial_folder(config, 4)
+    torn.mkdir()
+    (torn / "weights.bin").touch()
+    assert checkpoint.last_of(config) == str(whole)
+    manifest.remove_leftovers(config)
+    assert list(manifest.run_folder(config).iterdir()) == [whole]
+
+
+def test_another_run_is_refused_and_changes_are_told(config, demo_paths):
     """A position counts rows: other rows or another seed would go on silently wrong."""
-    config = make_config(demo_paths, tmp_path, 1, 1)
-    config = replace(config, prepared_data=str(data.prepare(config)))
-    state = ray_train.samples_of(config)
-    ray_train.check_same_samples(state, config, Path("run/checkpoint-000003"))
+    assert resume.check(config) is None
+    write_checkpoint(config, 3)
+    stored = resume.check(config)
+    assert (stored["step"], resume.changes(stored, config)) == (3, "")
+    changed = replace(config, learning_rate=0.5, dp_size=2, num_workers=2)
+    assert resume.changes(stored, changed) == (
+        "changed since step 3: dp_size 1 -> 2, learning_rate 0.01 -> 0.5"
+    )
+    with pytest.raises(ConfigError, match=r"run_name='run' must resume with the engin"):
+        resume.check_engine("autotp", config)
     longer = replace(config, prepared_data=None, seq_length=128)
-    longer = replace(longer, prepared_data=str(data.prepare(longer)))
-    for other in (replace(config, seed=7), longer):
+    fewer = replace(config, prepared_data=None, dataset_percentage=50)
+    for other in (
+        replace(config, seed=7),
+        replace(config, optimizer="sgd"),
+        replace(longer, prepared_data=str(data.prepare(longer))),
+        replace(fewer, prepared_data=str(data.prepare(fewer))),
+    ):
         with pytest.raises(ConfigError, match="try another run_name"):
-            ray_train.check_same_samples(state, other, Path("run/checkpoint-000003"))
+            resume.check(other)
+
+
+def test_another_model_of_the_same_shape_is_refused(config, tmp_path):
+    write_checkpoint(config, 3)
+    copy = shutil.copytree(config.model_name, tmp_path / "copy")
+    moved = replace(config, model_name=str(copy))
+    assert resume.check(moved)
+    flip(copy / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model_name=.* must be what .* another mod"):
+        resume.check(moved)

@@ -146,7 +146,7 @@ def test_number_of_steps(load, rows, epochs, max_steps, expected):
 def test_nothing_left_after_the_end(load):
     """A run that went further than a smaller max_steps has ended."""
     loader = load(10, batch_size_per_gpu=4, max_steps=2)
-    loader.position = 5 * 4
+    loader.step, loader.position = 5, 5 * 4
     assert loader.steps_left == 0
     assert list(itertools.islice(loader, 3)) == []
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib import model as models
 from tp2d_lib.autotp import partition, rules, universal
+from tp2d_lib.autotp.files import HashingCheckpointEngine
 from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
 from tp2d_lib.autotp.preflight import check_precision
 from tp2d_lib.autotp.zero import deepspeed_config, shards_vocabulary
@@ -152,8 +153,11 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig):
 class AutoTPEngine:
     """What the loop drives: step, save, load, export."""
 
+    name = "autotp"
+
     def __init__(self, wrapped, mesh, config, train_step, description):
         self.wrapped, self.mesh, self.config = wrapped, mesh, config
+        wrapped.checkpoint_engine = HashingCheckpointEngine(wrapped._config)
         self.model, self.optimizer = wrapped.module, wrapped.optimizer
         self.device = wrapped.device
         self.step = partial(train_step, self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -31,13 +32,12 @@ def check(config: TrainConfig) -> TrainConfig:
         PlanError: rules that match nothing, or shard half of a pair.
     """
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
-    from tp2d_lib.checkpoint import storage  # and Arrow
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
-    preflight.check(config, marker=universal.LAYOUT_FILE)
+    preflight.check(config, engine="autotp")
     if start := checkpoint.start_of(config):
-        stored = json.loads(storage.read(start, universal.LAYOUT_FILE))
+        stored = json.loads(Path(start, universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
     if config.tp_size > 1:
         partition.check(models.build_empty_model(config), config)

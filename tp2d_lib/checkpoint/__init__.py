@@ -2,18 +2,11 @@
 
 from typing import Any
 
-from tp2d_lib.checkpoint.integrity import CheckpointError, checksums, verify
+from tp2d_lib.checkpoint.manifest import CheckpointError, checksums, last_of, verify
+from tp2d_lib.checkpoint.resume import start_of
 
-WITH_RAY = (
-    "check_start",
-    "commit",
-    "history",
-    "last_of",
-    "report",
-    "restore",
-    "start_of",
-)
-__all__ = ["CheckpointError", "checksums", "verify", *WITH_RAY]
+WITH_RAY = ("commit", "history", "report", "restore")
+__all__ = ["CheckpointError", "checksums", "last_of", "start_of", "verify", *WITH_RAY]
 
 
 def __getattr__(name: str) -> Any:

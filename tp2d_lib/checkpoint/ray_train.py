@@ -3,49 +3,73 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import threading
+from collections import ChainMap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import ray.train
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 
-from tp2d_lib.checkpoint import storage
-from tp2d_lib.checkpoint.integrity import STATE_FILE, verify, write_checksums
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.integrity import take_written
+
+WRITING = threading.Lock()
 
 
 def commit(engine, state: dict, config: TrainConfig) -> None:
     """Save the engine and the loop's state as one checkpoint; every rank must call it.
 
-    Each rank writes its shards to a folder of its own. Ray merges the folders in the
-    run's storage and records the checkpoint once all ranks have reported; until then
-    the previous one is the latest. With ``async_checkpoint`` all this happens in
-    threads while training continues.
+    All ranks write into one folder of the run's storage. Once all have, rank 0 writes
+    the manifest and gives the folder its name; until then the previous checkpoint is
+    the newest. With ``async_checkpoint`` this happens in threads while training
+    continues.
 
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
     """
-    directory = Path(tempfile.mkdtemp(prefix="tp2d-"))
-    written = engine.save(directory)
+    WRITING.acquire()  # until the one before is published: its turn to communicate
+    partial = manifest.partial_folder(config, state["step"])
+    partial.mkdir(parents=True, exist_ok=True)
+    group = group_of_writers()
+    written = engine.save(partial)
+    text = json.dumps(state)  # now, because the history grows
+    about = {key: state[key] for key in ("step", "position")}
     if dist.get_rank() == 0:
-        (directory / STATE_FILE).write_text(json.dumps({**state, **samples_of(config)}))
+        about |= resume.about(engine.name, config)
 
-    def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        if written:
-            written.result()
-        write_checksums(directory)
-        run = ray.train.get_context().get_storage()
-        return run.persist_current_checkpoint(local, name)
+    def publish(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        try:
+            if written:
+                written.result()
+            files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(take_written(partial), files, group=group)
+            if files is not None:
+                (partial / STATE_FILE).write_text(text)
+                manifest.publish(partial, ChainMap(*files), about)
+                manifest.prune(config, about["step"])
+        finally:
+            WRITING.release()
+        return ray.train.Checkpoint(str(partial.with_name(name)))
 
     report(
         {**state["history"][-1], "step": state["step"]},
         config,
-        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint=ray.train.Checkpoint(str(partial)),
         checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
-        checkpoint_upload_fn=upload,
-        delete_local_checkpoint_after_upload=True,
+        checkpoint_upload_fn=publish,
+        delete_local_checkpoint_after_upload=False,
     )
+
+
+@cache
+def group_of_writers() -> dist.ProcessGroup:
+    """A group of all ranks that training does not share with threads that write."""
+    return dist.new_group(backend="gloo")
 
 
 def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
@@ -57,70 +81,44 @@ def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
     ray.train.report(metrics, checkpoint_upload_mode=mode, **checkpoint)
 
 
-def restore(engine, config: TrainConfig) -> dict:
-    """Load the latest checkpoint, or the one to start from; every rank must call it.
+def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
+    """Load the newest undamaged checkpoint of the run, or the one that it starts from.
+
+    Every rank must call it: each verifies a share of the files.
+
+    Args:
+        notify: is told which checkpoints were skipped, and why.
 
     Returns:
         The state that was committed, or that of step 0.
 
     Raises:
-        CheckpointError: a file is missing or its content has changed.
-        ConfigError: it was written with other rows or another seed.
+        CheckpointError: there are checkpoints, but all are damaged.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None and config.resume_from_checkpoint:
-        checkpoint = ray.train.Checkpoint(config.resume_from_checkpoint)
-    if checkpoint is None:
+    folders = manifest.checkpoints(config)
+    if not folders and config.resume_from_checkpoint:
+        folders = [Path(config.resume_from_checkpoint)]
+    if not folders:
         return {"step": 0, "position": 0, "history": []}
-    with checkpoint.as_directory() as folder:
-        directory = Path(folder)
-        verify(directory, part=dist.get_rank(), parts=dist.get_world_size())
-        dist.barrier()  # no rank unpickles before all shares are verified
-        state = json.loads((directory / STATE_FILE).read_text())
-        check_same_samples(state, config, directory)
-        engine.load(directory)
-        return state
+    for folder in folders:
+        error = verify_together(folder)
+        if error is None:
+            engine.load(folder)
+            return json.loads((folder / STATE_FILE).read_text())
+        notify(f"skipped {folder.name}: {error}")
+    raise resume.nothing_left(config, error)
 
 
-def check_same_samples(state: dict, config: TrainConfig, directory: object) -> None:
-    """A position in the data has the same meaning only for the same rows and seed."""
-    for name, now in samples_of(config).items():
-        if state[name] != now:
-            raise ConfigError(
-                f"{name}={now!r} must be what {directory} was written with, "
-                f"{state[name]!r}; set it back, or try another run_name"
-            )
-
-
-def samples_of(config: TrainConfig) -> dict:
-    """What determines the stream of samples, besides the position in it."""
-    return {"seed": config.seed, "prepared_data": Path(config.prepared_data).name}
-
-
-def check_start(config: TrainConfig) -> None:
-    """Find in the driver that a run cannot continue the samples of its checkpoint.
-
-    Raises:
-        ConfigError: it was written with other rows or another seed.
-    """
-    if start := start_of(config):
-        state = json.loads(storage.read(start, STATE_FILE))
-        check_same_samples(state, config, start)
-
-
-def start_of(config: TrainConfig) -> str | None:
-    """Path of the checkpoint that a run will load: its latest, or the one it names."""
-    return last_of(config) or config.resume_from_checkpoint
-
-
-def last_of(config: TrainConfig) -> str | None:
-    """Path of the latest checkpoint that Ray recorded, so a complete one, or None."""
-    run = f"{config.storage_path}/{config.run_name}"
+def verify_together(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; the same answer on every rank."""
+    error = None
     try:
-        checkpoint = ray.train.Result.from_path(run).checkpoint
-    except RuntimeError:  # no such run, or nothing recorded
-        return None
-    return checkpoint and checkpoint.path
+        manifest.verify(folder, part=dist.get_rank(), parts=dist.get_world_size())
+    except CheckpointError as damage:
+        error = str(damage)
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, error)
+    return next((answer for answer in answers if answer), None)
 
 
 def history(result: ray.train.Result) -> list[dict]:

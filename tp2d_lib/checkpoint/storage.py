@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from pyarrow.fs import FileSystem
 
-from tp2d_lib.checkpoint.integrity import STATE_FILE
+from tp2d_lib.checkpoint.manifest import MANIFEST
 from tp2d_lib.config import ConfigError, TrainConfig
 
 
@@ -24,14 +25,31 @@ def read(folder: str, name: str) -> bytes:
         return file.read()
 
 
+def append(config: TrainConfig, name: str, document: str) -> None:
+    """Add a YAML document, the newest last, to a file in the run's folder."""
+    folder = f"{config.storage_path}/{config.run_name}"
+    earlier = read(folder, name).decode() if has(folder, name) else ""
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    write(config, name, f"{earlier}--- # {started}\n{document}".encode())
+
+
+def remove(config: TrainConfig, name: str) -> None:
+    """Delete a file of the run's folder, if it exists."""
+    folder = f"{config.storage_path}/{config.run_name}"
+    if has(folder, name):
+        files, path = FileSystem.from_uri(folder)
+        files.delete_file(f"{path}/{name}")
+
+
 def write(config: TrainConfig, name: str, content: bytes) -> None:
     """Write a file into the run's folder; ``name`` may contain folders."""
     files, storage = FileSystem.from_uri(config.storage_path)
     path = f"{storage}/{config.run_name}/{name}"
     files.create_dir(str(Path(path).parent))
     # By default, Arrow would compress a .gz file a second time.
-    with files.open_output_stream(path, compression=None) as file:
+    with files.open_output_stream(f"{path}.tmp", compression=None) as file:
         file.write(content)
+    files.move(f"{path}.tmp", path)  # as a whole: a reader never sees half of it
 
 
 def check(config: TrainConfig) -> None:
@@ -46,10 +64,10 @@ def check(config: TrainConfig) -> None:
         if path is not None and "://" not in path:
             check_writable(name, path)
     path = config.resume_from_checkpoint
-    if path is not None and not has(path, STATE_FILE):
+    if path is not None and not has(path, MANIFEST):
         raise ConfigError(
             f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
-            f"but has no {STATE_FILE}; try a folder such as run/checkpoint-000100"
+            f"but has no {MANIFEST}; try a folder such as run/checkpoint-000100"
         )
 
 

@@ -20,8 +20,8 @@ class BatchLoader:
 
     All epochs form one stream of samples whose order depends on ``(seed, epoch)`` only.
     A step takes the next ``global_batch_size`` samples of the stream; each dp rank gets
-    its share. ``position``, the number of samples taken so far, is the only state: from
-    the same position, every mesh takes the same next samples.
+    its share. ``position``, the number of samples taken so far, and ``step`` are the
+    only state: from the same position, every mesh takes the same next samples.
 
     Raises:
         ConfigError: the rows do not fill one global batch.
@@ -32,11 +32,8 @@ class BatchLoader:
         self.lengths = np.load(directory / "lengths.npy")
         self.config = config
         self.dp_rank = dp_rank
-        self.position = 0
-        samples = config.num_epochs * len(self.rows)
-        if config.max_steps is not None:
-            samples = min(samples, config.max_steps * config.global_batch_size)
-        self.total_samples = samples
+        self.position = self.step = 0
+        self.total_samples = config.num_epochs * len(self.rows)
         if self.steps_left == 0:
             raise ConfigError(
                 f"num_epochs={config.num_epochs} over {len(self.rows)} rows must fill "
@@ -48,7 +45,10 @@ class BatchLoader:
     def steps_left(self) -> int:
         """Complete optimizer steps from here to the end of the stream."""
         left = max(self.total_samples - self.position, 0)
-        return left // self.config.global_batch_size
+        steps = left // self.config.global_batch_size
+        if self.config.max_steps is None:
+            return steps
+        return max(min(steps, self.config.max_steps - self.step), 0)
 
     def sample_ids(self, start: int, count: int) -> np.ndarray:
         """Row numbers of samples ``start .. start + count`` of the stream."""
@@ -64,6 +64,7 @@ class BatchLoader:
         while self.steps_left:
             ids = self.sample_ids(self.position, config.global_batch_size)
             self.position += len(ids)
+            self.step += 1
             shares = ids.reshape(
                 config.gradient_accumulation_steps,
                 config.dp_size,

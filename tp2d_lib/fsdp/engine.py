@@ -24,6 +24,7 @@ from tp2d_lib import model as models
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
+from tp2d_lib.fsdp.files import HashingWriter
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
 from tp2d_lib.mesh import build_mesh
@@ -143,6 +144,8 @@ def build_engine(
 class FSDPEngine:
     """What the loop drives: step, save, load, export."""
 
+    name = "fsdp"
+
     def __init__(self, model, optimizer, mesh, config, device, train_step):
         self.model, self.optimizer = model, optimizer
         self.mesh, self.config, self.device = mesh, config, device
@@ -188,15 +191,16 @@ class FSDPEngine:
         continues; the future is done when they are. Only one write runs at a time,
         because its collectives must run in the same order on all ranks.
         """
+        writer = HashingWriter(str(directory))
         if not self.config.async_checkpoint:
-            dcp.save(self.state_dict(), checkpoint_id=str(directory))
+            dcp.save(self.state_dict(), storage_writer=writer)
             return None
         if self.writing:
             self.writing.result()
         else:  # training must not share a group with the threads that write
             self.writers = dist.new_group(backend="gloo")
         self.writing = dcp.async_save(
-            self.state_dict(), checkpoint_id=str(directory), process_group=self.writers
+            self.state_dict(), storage_writer=writer, process_group=self.writers
         )
         return self.writing
 

@@ -27,7 +27,7 @@ def check(config: TrainConfig) -> TrainConfig:
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
-    stored = preflight.check(config, marker=".metadata")
+    stored = preflight.check(config, engine="fsdp")
     model = models.build_empty_model(config)
     check_attention(model, config)
     if config.tp_size > 1:

@@ -9,6 +9,17 @@ from collections.abc import Callable
 
 from tp2d_lib.config import TrainConfig
 
+PERMANENT = (
+    "CheckpointError",
+    "ConfigError",
+    "GatedRepoError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "NonFiniteError",
+    "PlanError",
+    "RepositoryNotFoundError",
+)
+
 
 class RankFailed(RuntimeError):
     """What a rank raised, in one line: when, on which host, what."""
@@ -30,11 +41,29 @@ def first(error: Exception) -> str:
     """The rank that failed first; others often fail only because it is gone."""
     failures = []
     for rank, failure in getattr(error, "worker_failures", {}).items():
-        found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))
-        if found:
-            when, host, what = found[-1]
+        if found := report_of(failure):
+            when, host, what = found
             failures.append((float(when), f"rank {rank} on {host}: {what}"))
         else:  # it died before it could report
             what = str(failure).strip().splitlines()[0]
             failures.append((0.0, f"rank {rank}: {type(failure).__name__}: {what}"))
-    return min(failures)[1] if failures else str(error).strip()
+    if failures:
+        return min(failures)[1]
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def report_of(failure: Exception) -> tuple[str, str, str] | None:
+    """When a rank failed, on which host, and what it raised; None if it died."""
+    found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))
+    return found[-1] if found else None
+
+
+def raised(error: Exception) -> bool:
+    """Whether every rank that failed raised an exception, so that no process died."""
+    failed = getattr(error, "worker_failures", {}).values()
+    return bool(failed) and all(report_of(failure) for failure in failed)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether the first failure is of a kind that every attempt would meet again."""
+    return any(f": {kind}: " in first(error) for kind in PERMANENT)

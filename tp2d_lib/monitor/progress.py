@@ -15,7 +15,7 @@ class ProgressActor:
 
     def __init__(self):
         self.records: list[dict] = []
-        self.last_begun = 0
+        self.last_begun = self.furthest = 0
         self.stop_after: int | None = None
 
     def add(self, record: dict) -> None:
@@ -28,9 +28,17 @@ class ProgressActor:
         """Stop after the first step that no rank has begun yet."""
         self.stop_after = self.stop_after or self.last_begun + 1
 
+    def begin_attempt(self) -> None:
+        """The workers begin again, at an earlier step than the last one begun."""
+        self.last_begun = 0
+
+    def furthest_step(self) -> int:
+        return self.furthest
+
     def is_last(self, step: int) -> bool:
         """Whether to stop after the step now beginning; the same for every rank."""
         self.last_begun = max(self.last_begun, step)
+        self.furthest = max(self.furthest, step)
         return self.stop_after is not None and step >= self.stop_after
 
 
@@ -54,6 +62,10 @@ class WorkerProgress:
     def publish(self, record: dict) -> None:
         if self.actor and self.publishes:
             self.actor.add.remote(record)
+
+    def notify(self, text: str) -> None:
+        """Show a line of text to the user, once."""
+        self.publish({"notice": text})
 
     def begin(self, step: int) -> None:
         """Query early whether this step is the last, because the reply takes time."""
@@ -90,6 +102,13 @@ class Watcher:
     def stop_training(self) -> None:
         """Make the workers save a checkpoint and return."""
         self.actor.stop.remote()
+
+    def begin_attempt(self) -> None:
+        ray.get(self.actor.begin_attempt.remote())
+
+    def furthest_step(self) -> int:
+        """The furthest step that any attempt of this run has begun."""
+        return ray.get(self.actor.furthest_step.remote())
 
     def watch(self) -> None:
         while not self.done.wait(0.5):

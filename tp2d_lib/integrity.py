@@ -1,0 +1,51 @@
+"""Digests of files: taken while they are written, compared before they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file that is hashed while it is written, so that it is never read again."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(io.FileIO(path, "w"), 1 << 20)
+        self.path, self.sha256 = os.path.abspath(path), hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return super().write(data)
+
+    def seek(self, *_):
+        raise io.UnsupportedOperation("a file that is hashed is written in order")
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            WRITTEN[self.path] = self.sha256.hexdigest()
+
+
+WRITTEN: dict[str, str] = {}  # SHA-256 of this process's hashed files, by path
+
+
+def take_written(directory: Path) -> dict[str, dict]:
+    """Size and SHA-256 of the hashed files in a folder, by name; forgets them."""
+    start = f"{os.path.abspath(directory)}/"
+    names = [path.removeprefix(start) for path in WRITTEN if path.startswith(start)]
+    return {name: entry(directory / name, WRITTEN.pop(start + name)) for name in names}
+
+
+def entry(path: Path, sha256: str | None = None) -> dict:
+    """What a manifest records of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256 or digest(path)}
+
+
+def digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()

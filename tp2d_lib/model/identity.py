@@ -1,0 +1,47 @@
+"""Which model a run began with: digests of its configuration and its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from huggingface_hub import constants, model_info
+
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.integrity import digest
+from tp2d_lib.model.architecture import load_model_config
+from tp2d_lib.model.weights import model_directory
+
+VARYING = ("_name_or_path", "transformers_version")  # no part of what the model is
+
+
+def of(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of the model's configuration, and of its weights at the start.
+
+    Equal for a Hub model and a copy of its files: the Hub records the same digests.
+    """
+    hf = load_model_config(config).to_dict()
+    kept = {name: value for name, value in hf.items() if name not in VARYING}
+    parts = {"config": kept, "weights": file_digests(config)}
+    texts = {k: json.dumps(v, sort_keys=True, default=str) for k, v in parts.items()}
+    return {k: hashlib.sha256(text.encode()).hexdigest() for k, text in texts.items()}
+
+
+def file_digests(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of each of the model's safetensors files, by name."""
+    if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
+        paths = sorted(model_directory(config).glob("*.safetensors"))
+        with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
+            digests = list(threads.map(digest, paths))
+        return {path.name: found for path, found in zip(paths, digests, strict=True)}
+    info = model_info(
+        config.model_name, revision=config.model_revision, files_metadata=True
+    )
+    files = {file.rfilename: file.lfs for file in info.siblings or []}
+    return {
+        name: lfs.sha256
+        for name, lfs in files.items()
+        if lfs and "/" not in name and name.endswith(".safetensors")
+    }
