@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint check test bench sync figures bump clean
+.PHONY: demo lint check test test-faults bench sync figures bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, write what they proved
 	$(BIN)/python scripts/run_notebooks.py --write_readme
@@ -14,10 +14,13 @@ lint: .venv/installed  ## style, layers of imports, mirrored cells
 	$(BIN)/python scripts/sync_notebooks.py --check
 
 check: lint  ## for the inner loop: lint, then the tests that start no ranks
-	$(BIN)/python -m pytest -m "not ranks"
+	$(BIN)/python -m pytest -m "not ranks and not faults"
 
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-faults: lint  ## every damage, kill, hang and bad input; prints survived / tried
+	$(BIN)/python -m pytest -m "" tests/faults
 
 bench: .venv/installed  ## speed and memory, side by side, as ratios
 	$(BIN)/python scripts/bench.py

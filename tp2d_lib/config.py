@@ -85,6 +85,11 @@ class TrainConfig:
     warmup_ratio: float = setting(0.03, "fraction of steps used for warm-up, 0 to 1")
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
+    nonfinite: str = setting(
+        "stop",
+        "at a loss or gradient that is infinite or NaN: stop, or skip the update",
+        ("stop", "skip"),
+    )
     zero_stage: int = setting(
         1, "DeepSpeed: ZeRO stage, 0 to 3: what is partitioned over dp"
     )

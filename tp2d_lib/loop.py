@@ -8,7 +8,7 @@ from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
 from tp2d_lib.evaluate import evaluate
-from tp2d_lib.monitor import progress
+from tp2d_lib.monitor import health, progress
 from tp2d_lib.monitor.metrics import Metrics
 from tp2d_lib.monitor.profile import profiler
 
@@ -41,12 +41,13 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             evaluates = is_due(step, config.eval_every, step == total)
             saves = is_due(step, config.checkpoint_every, last) or last
             if saves or evaluates or step % config.log_interval == 0:
-                metrics.log(step, rate, loader.position)  # no step goes unlogged
+                metrics.log(step, rate, loader)  # no step goes unlogged
             if evaluates:
                 metrics.log_eval(step, evaluate(engine, config))
             if saves:
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history
+                health.check_weights(engine, step)
                 checkpoint.commit(engine, state, config)
                 metrics.reset()  # exclude the time to save from the speed
             if stop:

@@ -3,10 +3,10 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.support.damage import DAMAGES, flip, truncate
 from tests.support.demo import make_config
 from tp2d_lib import checkpoint, data
 from tp2d_lib.checkpoint import manifest, resume
@@ -32,24 +32,6 @@ def prepared(demo_paths, tmp_path_factory):
 @pytest.fixture
 def config(prepared, tmp_path):
     return replace(prepared, storage_path=str(tmp_path), run_name="run")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-DAMAGES = {
-    "flip": flip,
-    "truncate": truncate,
-    "empty": lambda path: path.write_bytes(b""),
-    "delete": Path.unlink,
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

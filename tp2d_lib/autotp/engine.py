@@ -57,9 +57,10 @@ def train_step(
             engine.check_first_gradients()
             norm = plain_grad_norm(engine)
         wrapped.step()  # clips and updates after the last micro-batch
+    engine.share = total.clone()  # to name this dp rank if it is not finite
     dist.all_reduce(total, group=dp.get_group())
-    if norm is None:
-        norm = torch.as_tensor(wrapped.get_global_grad_norm())
+    if norm is None:  # a number after an overflow, when DeepSpeed skips the update
+        norm = torch.as_tensor(wrapped.get_global_grad_norm(), device=engine.device)
     return total, norm
 
 
@@ -174,6 +175,17 @@ class AutoTPEngine:
             }
             group = self.mesh.get_group("tp")
             self.gradients_checked = check_replicated_gradients(gradients, group)
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """This rank's part of each parameter; of ZeRO 3's, its partition."""
+        named = self.model.named_parameters()
+        return {name: getattr(p, "ds_tensor", p).detach() for name, p in named}
+
+    def replicas(self) -> tuple[dict, dict]:
+        """Weights of which each tp rank has a copy, and of which each dp rank has."""
+        weights, named = self.local_weights(), self.model.named_parameters()
+        over_tp = {name: weights[name] for name, p in named if not is_sharded(p)}
+        return over_tp, {} if self.config.zero_stage == 3 else weights
 
     def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a micro-batch summed over its tokens, for a validation loss."""

@@ -53,6 +53,11 @@ def check_precision(config: TrainConfig) -> None:
     for name in ("autocast", "async_checkpoint"):
         if getattr(config, name):
             raise ConfigError(f"{name}=True must be left to FSDP2; try {name}=False")
+    if config.nonfinite == "skip" and config.zero_stage == 0:
+        raise ConfigError(
+            "nonfinite='skip' cannot be combined with zero_stage=0, which updates "
+            "before it looks; try zero_stage=1"
+        )
     where = device_type(config)
     dtype, _ = pick_dtype(config, where)
     half = dtype in (torch.bfloat16, torch.float16)

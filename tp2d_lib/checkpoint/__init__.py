@@ -4,9 +4,18 @@ from typing import Any
 
 from tp2d_lib.checkpoint.manifest import CheckpointError, checksums, last_of, verify
 from tp2d_lib.checkpoint.resume import start_of
+from tp2d_lib.checkpoint.saving import restore
 
-WITH_RAY = ("commit", "history", "report", "restore")
-__all__ = ["CheckpointError", "checksums", "last_of", "start_of", "verify", *WITH_RAY]
+WITH_RAY = ("commit", "history", "report")
+__all__ = [
+    "CheckpointError",
+    "checksums",
+    "last_of",
+    "restore",
+    "start_of",
+    "verify",
+    *WITH_RAY,
+]
 
 
 def __getattr__(name: str) -> Any:

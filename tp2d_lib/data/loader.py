@@ -60,17 +60,21 @@ class BatchLoader:
         return np.concatenate(ids)
 
     def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        config = self.config
         while self.steps_left:
-            ids = self.sample_ids(self.position, config.global_batch_size)
-            self.position += len(ids)
+            shares = self.share_at(self.position)
+            self.position += self.config.global_batch_size
             self.step += 1
-            shares = ids.reshape(
-                config.gradient_accumulation_steps,
-                config.dp_size,
-                config.batch_size_per_gpu,
-            )
-            yield [self.micro_batch(share) for share in shares[:, self.dp_rank]]
+            yield [self.micro_batch(share) for share in shares]
+
+    def share_at(self, position: int) -> np.ndarray:
+        """This dp rank's row numbers of the step that begins at a position.
+
+        One line per micro-batch: (gradient_accumulation_steps, batch_size_per_gpu).
+        """
+        config = self.config
+        ids = self.sample_ids(position, config.global_batch_size)
+        shape = (config.dp_size, config.batch_size_per_gpu)
+        return ids.reshape(-1, *shape)[:, self.dp_rank]
 
     def micro_batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
         return micro_batch(self.rows[ids], self.lengths[ids])

@@ -71,13 +71,15 @@ def train_step(
     valid = valid_tokens(batch).to(engine.device)
     dist.all_reduce(valid, group=dp.get_group())  # over the global batch
     loss = sum(forward_backward(engine, micro, valid) for micro in batch)
+    engine.share = loss.clone()  # to name this dp rank if it is not finite
     dist.all_reduce(loss, group=dp.get_group())
     engine.check_first_gradients()
     grad_norm = global_grad_norm(engine.model)
     nn.utils.clip_grads_with_norm_(
         engine.model.parameters(), engine.config.max_grad_norm, grad_norm
     )
-    engine.optimizer.step()
+    if engine.config.nonfinite == "stop" or grad_norm.isfinite():
+        engine.optimizer.step()
     engine.optimizer.zero_grad()
     return loss, grad_norm
 
@@ -158,17 +160,26 @@ class FSDPEngine:
         """On the first step, compare replicated gradients across the tp ranks."""
         if not self.gradients_checked:
             group = self.mesh.get_group("tp")
-            self.gradients_checked = check_replicated_gradients(
-                self.replicated_gradients(), group
-            )
+            gradients = {k: p.grad.to_local() for k, p in self.replicated().items()}
+            self.gradients_checked = check_replicated_gradients(gradients, group)
 
-    def replicated_gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients of the parameters that are replicated over tp: the norms."""
+    def replicated(self) -> dict[str, nn.Parameter]:
+        """The parameters that are replicated over tp: the norms."""
         return {
-            name: p.grad.to_local()
+            name: p
             for name, p in self.model.named_parameters()
             if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
         }
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """This rank's shard of each parameter."""
+        named = self.model.named_parameters()
+        return {name: p.detach().to_local() for name, p in named}
+
+    def replicas(self) -> tuple[dict, dict]:
+        """Weights of which each tp rank has a copy, and of which each dp rank: none."""
+        replicated = self.replicated().items()
+        return {name: p.detach().to_local() for name, p in replicated}, {}
 
     def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a micro-batch summed over its tokens, for a validation loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ from tp2d_lib import data
 from tp2d_lib.checkpoint import report
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
+from tp2d_lib.monitor import health
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -92,28 +94,44 @@ class Metrics:
         if self.peak:  # counted on the full model, of which a rank may hold a shard
             full = build_empty_model(config)
             self.flops = flops_per_token(full, config.seq_length)
+        self.skipped_in_a_row = 0
         self.reset()
 
     def reset(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.grad_norms: list[torch.Tensor] = []
+        self.shares: list[torch.Tensor] = []
         self.valid = 0
         self.started = time.perf_counter()
 
     def add(self, batch: list[dict], loss: torch.Tensor, grad_norm: torch.Tensor):
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
+        self.shares.append(getattr(self.engine, "share", loss))
         self.valid += data.valid_tokens(batch)  # labels are on the CPU: no device sync
 
-    def log(self, step: int, learning_rate: float, position: int) -> None:
-        """Record the steps since the last record; every rank must call it."""
-        loss = torch.stack(self.losses).mean().item()  # the only wait for the device
-        grad_norm = torch.stack(self.grad_norms)[-1].item()
+    def log(self, step: int, learning_rate: float, loader: data.BatchLoader) -> None:
+        """Record the steps since the last record; every rank must call it.
+
+        Raises:
+            NonFiniteError: a loss or a gradient norm is infinite or NaN.
+            DriftError: copies of a weight differ between ranks.
+        """
+        losses, norms = torch.stack(self.losses), torch.stack(self.grad_norms)
+        finite = losses.isfinite() & norms.isfinite()
+        if finite.all():  # the only wait for the device
+            self.skipped_in_a_row = 0
+        else:
+            self.handle_non_finite(step, losses, norms, loader)
+            losses = losses[finite] if finite.any() else losses
+            norms = norms[finite] if finite.any() else norms
+        health.check_replicas(self.engine, step)
+        loss, grad_norm = losses.mean().item(), norms[-1].item()
         seconds = time.perf_counter() - self.started
         valid, memory = self.over_ranks()
         record = {
             "step": step,
-            "position": position,
+            "position": loader.position,
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -131,6 +149,41 @@ class Metrics:
                 self.writer.add_scalar(f"train/{key}", record[key], step)
         self.send(record)
         self.reset()
+
+    def handle_non_finite(self, step: int, losses, norms, loader) -> None:
+        """Stop, or with ``nonfinite="skip"`` tell which steps changed no weight."""
+        first = step - len(losses) + 1
+        for at, loss, norm, share in zip(
+            range(first, step + 1),
+            losses.tolist(),
+            norms.tolist(),
+            self.shares,
+            strict=True,
+        ):
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped_in_a_row += 1
+            if math.isfinite(loss) and self.config.dtype == "float16":
+                told = f"step {at} overflowed and was skipped: the loss scale is halved"
+            else:
+                back = (step + 1 - at) * self.config.global_batch_size
+                rows = loader.share_at(loader.position - back)
+                told = health.describe_step(
+                    at, loss, norm, share, rows, self.engine.mesh
+                )
+                if self.config.nonfinite == "stop":
+                    raise health.NonFiniteError(
+                        f"{told}; both must be finite: try a lower learning_rate, or "
+                        "nonfinite='skip' to leave such steps out"
+                    )
+                told += "; skipped"
+            self.publish({"notice": told})
+        if self.skipped_in_a_row >= health.MAX_SKIPPED:
+            raise health.NonFiniteError(
+                f"{told}, the last of {self.skipped_in_a_row} in a row; steps must be "
+                "finite again before that: try a lower learning_rate"
+            )
 
     def log_eval(self, step: int, loss: float) -> None:
         """Add a validation loss to the record of a step that was just logged."""

@@ -1,0 +1,106 @@
+"""A checkpoint written by all ranks as one, and the newest good one restored."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import ChainMap
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.integrity import take_written
+
+WRITING = threading.Lock()
+
+
+def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
+    """Save the engine and the loop's state in one folder; every rank must call it.
+
+    All ranks write into the same folder of the run's storage. Once all have, rank 0
+    writes the manifest and gives the folder its name; until then the checkpoint before
+    it is the newest.
+
+    Args:
+        state: ``step``, ``position`` in the sample stream, ``history`` of log records.
+
+    Returns:
+        What every rank must call to complete the checkpoint, in a thread if it likes;
+        it returns the folder, which is complete when it has returned on rank 0.
+    """
+    WRITING.acquire()  # until the one before is complete: its turn to communicate
+    partial = manifest.partial_folder(config, state["step"])
+    partial.mkdir(parents=True, exist_ok=True)
+    group = group_of_writers()
+    written = engine.save(partial)
+    text = json.dumps(state)  # now, because the history grows
+    about = {key: state[key] for key in ("step", "position")}
+    if dist.get_rank() == 0:
+        about |= resume.about(engine.name, config)
+
+    def complete() -> Path:
+        try:
+            if written:
+                written.result()
+            files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(take_written(partial), files, group=group)
+            if files is not None:
+                (partial / STATE_FILE).write_text(text)
+                manifest.publish(partial, ChainMap(*files), about)
+                manifest.prune(config, about["step"])
+        finally:
+            WRITING.release()
+        return partial.with_name(partial.name.removesuffix(manifest.PARTIAL))
+
+    return complete
+
+
+@cache
+def group_of_writers() -> dist.ProcessGroup:
+    """A group of all ranks that training does not share with threads that write."""
+    return dist.new_group(backend="gloo")
+
+
+def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
+    """Load the newest undamaged checkpoint of the run, or the one that it starts from.
+
+    Every rank must call it: each verifies a share of the files.
+
+    Args:
+        notify: is told which checkpoints were skipped, and why.
+
+    Returns:
+        The state that was committed, or that of step 0.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    folders = manifest.checkpoints(config)
+    if not folders and config.resume_from_checkpoint:
+        folders = [Path(config.resume_from_checkpoint)]
+    if not folders:
+        return {"step": 0, "position": 0, "history": []}
+    for folder in folders:
+        error = verify_together(folder)
+        if error is None:
+            engine.load(folder)
+            return json.loads((folder / STATE_FILE).read_text())
+        notify(f"skipped {folder.name}: {error}")
+    raise resume.nothing_left(config, error)
+
+
+def verify_together(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; the same answer on every rank."""
+    error = None
+    try:
+        manifest.verify(folder, part=dist.get_rank(), parts=dist.get_world_size())
+    except CheckpointError as damage:
+        error = str(damage)
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, error)
+    return next((answer for answer in answers if answer), None)
