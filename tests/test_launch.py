@@ -7,6 +7,7 @@ import pytest
 import ray
 
 from tp2d_lib import autotp, checkpoint, fsdp, launch
+from tp2d_lib.attempts import Failed
 from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
 
@@ -68,5 +69,5 @@ def fails(config):
 def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
     cluster()
     config = build_config("demo", str(tmp_path), max_failures=0)
-    with pytest.raises(ray.train.TrainingFailedError, match="the third layer melted"):
+    with pytest.raises(Failed, match="RuntimeError: the third layer melted\nno check"):
         launch.run(fails, config, fsdp.check)

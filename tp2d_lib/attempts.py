@@ -12,11 +12,19 @@ from ray.train.torch import TorchTrainer
 
 from tp2d_lib.checkpoint import manifest, storage
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.errors import UserError
 from tp2d_lib.monitor import failures
 from tp2d_lib.monitor.progress import Watcher
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's own list, which may be damaged
-FAILED = (ray.train.TrainingFailedError, ray.exceptions.RayError)
+
+
+class Failed(UserError, RuntimeError):
+    """Training failed for good; says which rank failed first, where, and why."""
+
+
+class Stopped(UserError, RuntimeError):
+    """A signal ended the run early."""
 
 
 def fit(
@@ -34,7 +42,7 @@ def fit(
         caught: the name of a signal, once one has been received; then nothing restarts.
 
     Raises:
-        ray.train.TrainingFailedError, ray.exceptions.RayError: of the last attempt.
+        Failed: the last attempt did.
     """
     furthest, without_gain = 0, 0
     for restart in range(1, config.max_failures + 2):
@@ -42,20 +50,20 @@ def fit(
         storage.remove(config, SNAPSHOT)
         try:
             return wait_for(build_trainer())
-        except FAILED as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             reached = watcher.furthest_step()
             without_gain = 0 if reached > furthest else without_gain + 1
             furthest = max(furthest, reached)
             allowed = 0 if failures.raised(error) else 1
+            reason = failures.first(error)
             if (
                 restart > config.max_failures
                 or caught
                 or failures.is_permanent(error)
                 or without_gain > allowed
             ):
-                raise
+                raise Failed(reason) from error
             watcher.begin_attempt()
-            reason = failures.first(error)
             watcher.show(
                 f"restart {restart} of {config.max_failures}: {reason}", done=True
             )

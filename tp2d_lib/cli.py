@@ -179,8 +179,8 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         return run_command(engine, given, argv)
-    except KeyboardInterrupt:
-        print("stopped: nothing more was saved", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):  # the latter from Ray while it starts
+        print("stopped: before training; nothing was saved", file=sys.stderr)
         return 1
 
 
@@ -232,7 +232,7 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
     print(launch.as_yaml(config), flush=True)
     try:
         result = launch.train(train_func, config)
-    except (*attempts.FAILED, launch.Stopped) as error:
+    except (attempts.Failed, attempts.Stopped) as error:
         print(report(error, config, argv), file=sys.stderr)
         return 1
     last = checkpoint.history(result)[-1]
@@ -245,18 +245,13 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
     """What failed first and where, what is saved, and the command that resumes."""
     from tp2d_lib import checkpoint, launch
-    from tp2d_lib.monitor import failures
 
-    stopped = isinstance(error, launch.Stopped)
-    lines = [f"stopped: {error}" if stopped else f"failed: {failures.first(error)}"]
-    saved = checkpoint.last_of(config)
-    if saved:
+    kind = type(error).__name__.lower()  # failed, or stopped
+    lines = [f"{kind}: {error}", launch.saved(config)]
+    if checkpoint.last_of(config):
         kept = without(argv, ("--run_name", "--resume_from"))
         again = shlex.join([*kept, "--resume_from", config.run_name])
-        lines.append(f"last checkpoint: {saved}")
         lines.append(f"to resume: python {shlex.quote(sys.argv[0])} {again}")
-    else:
-        lines.append("no checkpoint was written yet")
     return "\n".join(lines)
 
 

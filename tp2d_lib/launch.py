@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
 from tp2d_lib import attempts, checkpoint, data, evaluate
+from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import manifest, resume, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
@@ -52,13 +53,14 @@ def connect() -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
     }
-    if os.environ.get("RAY_ADDRESS") != "local":
-        try:
-            ray.init(address="auto", **options)
-            return
-        except ConnectionError:
-            pass  # no cluster is running
-    ray.init(address="local", include_dashboard=False, **options)
+    with signals.handlers_kept():
+        if os.environ.get("RAY_ADDRESS") != "local":
+            try:
+                ray.init(address="auto", **options)
+                return
+            except ConnectionError:
+                pass  # no cluster is running
+        ray.init(address="local", include_dashboard=False, **options)
 
 
 def quiet() -> None:
@@ -85,10 +87,6 @@ def as_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
-class Stopped(RuntimeError):
-    """A signal ended the run early; everything up to its last step is saved."""
-
-
 def run(
     train_func: Callable[[TrainConfig], None],
     config: TrainConfig,
@@ -111,17 +109,24 @@ def run(
 
     Raises:
         ConfigError, PlanError: before any worker starts.
-        Stopped: a signal ended the run early.
+        Stopped: a signal ended the run early; the message names the last checkpoint.
         CheckpointError: the run has checkpoints, but all are damaged.
-        ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times,
-            or in a way that it would again.
+        Failed: a worker failed more than ``max_failures`` times, or as it would again.
     """
     config = replace(config, device=pick_device(config))
-    return train(train_func, prepare(check(config)))
+    config = prepare(check(config))
+    try:
+        return train(train_func, config)
+    except (Failed, Stopped) as error:
+        again = f"to resume: run again with run_name={config.run_name!r}"
+        raise type(error)("\n".join([str(error), saved(config), again])) from error
 
 
 def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
-    """``run`` for a configuration that is already checked and prepared."""
+    """``run`` for a configuration that is already checked and prepared.
+
+    Its errors do not say where the last checkpoint is, or how to resume.
+    """
     if result := finished(config):
         return result
     connect()
@@ -141,12 +146,20 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
             )
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
+    except KeyboardInterrupt as error:
+        raise Stopped("a second signal: at once, without saving") from error
     finally:
         for callback in callbacks:
             callback.finish(status)
     if early:
         raise Stopped(f"{caught[0]} after step {result.metrics['step']}")
     return result
+
+
+def saved(config: TrainConfig) -> str:
+    """A line with the run's last checkpoint."""
+    last = checkpoint.last_of(config)
+    return f"last checkpoint: {last}" if last else "no checkpoint was written yet"
 
 
 def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrainer:

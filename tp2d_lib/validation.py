@@ -8,8 +8,10 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
 
+from tp2d_lib.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A value the user can correct: names the field, the value and the rule."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.errors import UserError
 from tp2d_lib.integrity import digest, entry
 
 MANIFEST = "manifest.json"
@@ -18,7 +19,7 @@ STATE_FILE = "trainer_state.json"
 PARTIAL = ".partial"  # ends the name of a folder that is being written or deleted
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint on disk is not what was written, or there is none to load."""
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.errors import UserError
 from tp2d_lib.model.architecture import device_type, load_model_config
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """The tensor-parallel plan does not cover the model; names what it leaves out."""
 
 

@@ -24,9 +24,10 @@ class ProgressActor:
     def since(self, count: int) -> list[dict]:
         return self.records[count:]
 
-    def stop(self) -> None:
-        """Stop after the first step that no rank has begun yet."""
+    def stop(self) -> int:
+        """Stop after the first step that no rank has begun yet; returns it."""
         self.stop_after = self.stop_after or self.last_begun + 1
+        return self.stop_after
 
     def begin_attempt(self) -> None:
         """The workers begin again, at an earlier step than the last one begun."""
@@ -99,9 +100,13 @@ class Watcher:
         self.poll()
         ray.kill(self.actor)
 
-    def stop_training(self) -> None:
-        """Make the workers save a checkpoint and return."""
-        self.actor.stop.remote()
+    def stop_training(self, signal: str) -> None:
+        """Make the workers save a checkpoint and return; say so at once."""
+        last = ray.get(self.actor.stop.remote())
+        self.show(
+            f"{signal}: finishing step {last}, then saving; again: at once, unsaved",
+            done=True,
+        )
 
     def begin_attempt(self) -> None:
         ray.get(self.actor.begin_attempt.remote())

@@ -9,8 +9,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def on_first_signal(react: Callable[[], None]) -> Iterator[list[str]]:
-    """Call ``react`` at the first signal and restore the old handlers for the next.
+def handlers_kept() -> Iterator[None]:
+    """Undo what Ray does to SIGTERM when it starts: to exit without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def on_first_signal(react: Callable[[str], None]) -> Iterator[list[str]]:
+    """Call ``react`` with the first signal's name; the next one interrupts at once.
 
     Yields a list that then holds its name. Has an effect only in the main thread.
     """
@@ -21,18 +30,16 @@ def on_first_signal(react: Callable[[], None]) -> Iterator[list[str]]:
     both = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in both}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def handle(number, frame) -> None:
-        restore()
+        for other in both:  # Ray's own handler of SIGTERM would exit without a word
+            signal.signal(other, signal.default_int_handler)
         caught.append(signal.Signals(number).name)
-        react()
+        react(caught[0])
 
     for number in both:
         signal.signal(number, handle)
     try:
         yield caught
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
