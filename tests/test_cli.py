@@ -3,22 +3,18 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
 import yaml
 
+from tests.support import commands
 from tests.support.demo import train_without_ray
-from tp2d_lib import checkpoint, cli, fsdp, integrity, launch, loop
+from tp2d_lib import cli, fsdp, launch
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.data import build_dataloader
-from tp2d_lib.mesh import build_mesh
 from tp2d_lib.monitor import failures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,150 +149,32 @@ def test_the_first_failure_is_told():
     assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 
 
-def start(script, storage, *flags, **environment):
-    """A command of its own, in a session of its own, on the demo."""
-    command = [sys.executable, str(ROOT / script), "--offline_demo", "--tp_size", "2"]
-    command += ["--storage_path", str(storage), "--checkpoint_every", "2"]
-    own = {"RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.Popen(
-        [*command, "--log_interval", "2", *flags],
-        env={**os.environ, **own},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
+    """By Ctrl-C, which reaches all of its terminal; then the command it prints."""
+    flags = ["--max_steps", "24", "--run_name", "cut", "--async_checkpoint"]
+    given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
+    config = cli.read_config(given | {"storage_path": str(tmp_path)})
+    config = launch.prepare(fsdp.check(config))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pools(2).run(train_without_ray, "fsdp", config, str(whole))
 
+    run = commands.start("train_fsdp.py", tmp_path, *flags)
+    assert any("] step " in line for line in run.stdout), run.stderr.read()
+    commands.wait_for(lambda: commands.last(cut), run)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = commands.finish(run, code=1)
+    step = int(re.search(r"^stopped: SIGINT after step (\d+)$", err, re.M)[1])
+    assert f"SIGINT: finishing step {step}, then saving" in out
+    assert f"last checkpoint: {cut}/checkpoint-{step:06d}\n" in err
+    assert f"to resume: python {ROOT}/train_fsdp.py --offline_demo" in err
 
-def wait_for(condition, process, seconds=150):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.05)
-
-
-def last(run) -> str | None:
-    """The run's last checkpoint on record, where Ray puts it once it is whole."""
-    of = SimpleNamespace(storage_path=str(run.parent), run_name=run.name)
-    return checkpoint.last_of(of)
-
-
-def finish(process, code=0) -> tuple[str, str]:
-    """What a command printed, when it has ended as it must."""
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    return out, err
-
-
-STEPS = ("--max_steps", "24")
-LAST = "checkpoint-000024"
-
-
-def shards(folder) -> dict[str, str]:
-    """Checksums of weights, optimizer state and generators."""
-    found = {path.name: integrity.digest(path) for path in folder.glob("*.distcp")}
-    assert len(found) == 2
-    return found
-
-
-def configure(storage, *flags):
-    """What the command makes of its flags, before it trains."""
-    given = parse("fsdp", "--offline_demo", "--tp_size", "2", *STEPS, *flags)
-    config = cli.read_config(given | {"storage_path": str(storage)})
-    return launch.prepare(fsdp.check(config))
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
-def whole(storage, pools):
-    """The shards at the end of training that nothing interrupts."""
-    config = configure(storage)
-    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
-    return shards(storage / "whole")
-
-
-def test_a_run_that_was_stopped_thrice_ends_exactly(whole, storage):
-    """By SIGKILL of the driver; by Ctrl-C, which reaches all of its terminal; by
-    SIGTERM, with checkpoints in threads, of which the last must still be written."""
-    folder, flags = storage / "cut", [*STEPS, "--run_name", "cut"]
-    for name, send in ("SIGKILL", os.kill), ("SIGINT", os.killpg), ("SIGTERM", os.kill):
-        run = start("train_fsdp.py", storage, *flags)
-        assert any("] step " in line for line in run.stdout), run.stderr.read()
-        wait_for(lambda: last(folder), run)
-        send(run.pid, signal.Signals[name])
-        flags = [*STEPS, "--async_checkpoint", "--resume_from", "cut"]
-        if name == "SIGKILL":
-            run.communicate()
-            continue
-        _, err = finish(run, code=1)
-        step = int(re.search(rf"^stopped: {name} after step (\d+)$", err, re.M)[1])
-        assert f"last checkpoint: {folder}/checkpoint-{step:06d}\n" in err
-        assert f"to resume: python {ROOT}/train_fsdp.py --offline_demo" in err
-        assert err.strip().endswith(" ".join(flags))
-        assert not (folder / LAST).exists()
-    out, _ = finish(start("train_fsdp.py", storage, *flags))
+    out, _ = commands.finish(commands.resume(err))
     assert f"resumed after step {step}" in out
     assert "step 24/24" in out
     assert "done: step 24" in out
-    assert shards(folder / LAST) == whole
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (stored["tp_size"], stored["run_name"]) == (2, "cut")
-
-
-def dies_while_writing(config):
-    """Rank 1 dies at step 4 while a thread writes, at step 6 before it hands over."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    save = engine.save
-
-    def save_and_die(directory):
-        future = save(directory)
-        step = loader.position // config.global_batch_size
-        marker = Path(config.storage_path, f"died-{step}")
-
-        def die():
-            marker.touch()
-            while not (checkpoint.last_of(config) or "").endswith(f"{step - 2:06d}"):
-                time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        if mesh.get_rank() == 1 and step in (4, 6) and not marker.exists():
-            if step == 4:
-                die()
-            future.result = die  # asked for before the checkpoint is handed over
-        return future
-
-    engine.save = save_and_die
-    loop.run(engine, loader, config)
-
-
-def test_death_while_writing_leaves_the_one_before(whole, storage, capsys):
-    """Two deaths are one too many: the command ends with 1 and says how to resume."""
-    flags = ["--async_checkpoint", "--run_name", "torn", "--max_failures", "1"]
-    flags += ["--checkpoint_every", "2", "--log_interval", "2"]
-    config, argv = configure(storage, *flags), ["--tp_size", "2", "--run_name", "torn"]
-    try:
-        assert cli.train(dies_while_writing, config, argv) == 1
-        out, err = capsys.readouterr()
-        assert cli.train(dies_while_writing, config, argv) == 0
-    finally:
-        ray.shutdown()
-    assert {path.name for path in storage.glob("died-*")} == {"died-4", "died-6"}
-    assert re.findall(r"resumed after step (\d+)", out) == ["2"]
-    assert re.search(r"^failed: rank \d", err, re.MULTILINE)
-    assert f"last checkpoint: {storage}/torn/checkpoint-000004\n" in err
-    assert re.search(
-        r"^to resume: python .* --tp_size 2 --resume_from torn$", err, re.M
-    )
-    assert "resumed after step 4" in capsys.readouterr().out
-    assert shards(storage / "torn" / LAST) == whole
+    assert commands.shards(cut / "checkpoint-000024") == commands.shards(whole)
+    starts = list(yaml.safe_load_all((cut / "config.yaml").read_text()))
+    assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2
 
 
 def test_mlflow_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):

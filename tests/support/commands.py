@@ -1,0 +1,68 @@
+"""The two commands, run as a user runs them: in processes of their own, on the demo."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from tp2d_lib import checkpoint, integrity
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(script, storage, *flags, **environment):
+    """A command of its own, in a session of its own, on the demo."""
+    command = [sys.executable, str(ROOT / script), "--offline_demo", "--tp_size", "2"]
+    command += ["--storage_path", str(storage), "--checkpoint_every", "2"]
+    return run([*command, "--log_interval", "2", *flags], **environment)
+
+
+def run(command: list[str], **environment) -> subprocess.Popen:
+    own = {"RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, process, seconds=150):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def last(run) -> str | None:
+    """The run's last checkpoint on record, where Ray puts it once it is whole."""
+    of = SimpleNamespace(storage_path=str(run.parent), run_name=run.name)
+    return checkpoint.last_of(of)
+
+
+def finish(process, code=0) -> tuple[str, str]:
+    """What a command printed, when it has ended as it must."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def shards(folder) -> dict[str, str]:
+    """Checksums of weights, optimizer state and generators."""
+    found = {path.name: integrity.digest(path) for path in folder.glob("*.distcp")}
+    assert len(found) == 2
+    return found
+
+
+def resume(err) -> subprocess.Popen:
+    """The command that a run which ended early tells to resume it with."""
+    command = shlex.split(re.search("^to resume: python (.*)$", err, re.MULTILINE)[1])
+    return run([sys.executable, *command])
