@@ -89,7 +89,7 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
 def load_full_model(config: TrainConfig) -> PreTrainedModel:
     """The full model in float32, which AutoTP shards in place."""
     return AutoModelForCausalLM.from_pretrained(
-        weights.model_directory(config), dtype=torch.float32
+        weights.model_directory(config), dtype=torch.float32, trust_remote_code=False
     ).train()
 
 
