@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib import model as models
 from tp2d_lib.autotp import partition, rules, universal
-from tp2d_lib.autotp.files import HashingCheckpointEngine
+from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
 from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
 from tp2d_lib.autotp.preflight import check_precision
 from tp2d_lib.autotp.zero import deepspeed_config, shards_vocabulary
@@ -90,7 +90,7 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
 def load_full_model(config: TrainConfig) -> PreTrainedModel:
     """The full model in float32, which AutoTP shards in place."""
     return AutoModelForCausalLM.from_pretrained(
-        weights.model_directory(config), dtype=torch.float32
+        weights.model_directory(config), dtype=torch.float32, trust_remote_code=False
     ).train()
 
 
@@ -207,20 +207,24 @@ class AutoTPEngine:
         """Load a checkpoint, from this mesh or another one; every rank must call it."""
         directory = Path(directory)
         stored = json.loads((directory / universal.LAYOUT_FILE).read_text())
-        if stored == universal.layout(self.config):
-            self.load_deepspeed(directory, TAG)
-        else:
-            universal.check(stored, self.config, directory)
-            with universal.converted(directory / TAG) as folder:
-                self.wrapped._config.load_universal_checkpoint = True  # no public API
-                self.load_deepspeed(folder, universal.TAG)
-                self.wrapped._config.load_universal_checkpoint = False
-        own = directory / self.rng_file()
-        if own.exists():  # missing if saved with fewer dp ranks
-            rng.restore(torch.load(own, weights_only=True))
+        universal.check(stored, self.config, directory)
+        with as_data(directory):
+            if stored == universal.layout(self.config):
+                self.load_deepspeed(directory, TAG)
+            else:
+                self.load_converted(directory / TAG)
+            own = directory / self.rng_file()
+            if own.exists():  # missing if saved with fewer dp ranks
+                rng.restore(torch.load(own, weights_only=True))
 
     def rng_file(self) -> str:
         return f"rng-{self.mesh['dp'].get_local_rank()}.pt"
+
+    def load_converted(self, files: Path) -> None:
+        with universal.converted(files) as folder:
+            self.wrapped._config.load_universal_checkpoint = True  # no public API
+            self.load_deepspeed(folder, universal.TAG)
+            self.wrapped._config.load_universal_checkpoint = False
 
     def load_deepspeed(self, directory: Path, tag: str) -> None:
         path, _ = self.wrapped.load_checkpoint(str(directory), tag=tag)

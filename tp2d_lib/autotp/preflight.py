@@ -40,7 +40,10 @@ def check(config: TrainConfig) -> TrainConfig:
         stored = json.loads(Path(start, universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
     if config.tp_size > 1:
-        partition.check(models.build_empty_model(config), config)
+        model = models.build_empty_model(config)
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        rules.check_time(config.partition_config, names)
+        partition.check(model, config)
     return config
 
 

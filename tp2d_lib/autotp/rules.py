@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,14 @@ KINDS = ("column", "row", "skip")
 EXAMPLE = (
     '{"layer_specs": [{"patterns": [".*o_proj.weight$"], "partition_type": "row"}]}'
 )
+
+MATCH_LIMIT_S = 10  # a sound pattern takes milliseconds
+MATCH = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+for name in names:
+    re.match(pattern, name)
+"""
 
 
 def read(value: dict | str | None) -> dict | None:
@@ -69,6 +80,32 @@ def check_rule(rule: Any) -> None:
                 f"patterns={rule.get('patterns')!r} of a rule of partition_config must "
                 f"be regular expressions ({error}); try '.*o_proj\\.weight$'"
             ) from error
+
+
+def check_time(value: dict | None, names: Iterable[str]) -> None:
+    """Match every pattern with the model's names where it can be stopped.
+
+    DeepSpeed would match it with ``re``, which knows no limit; so a process of its own
+    does the same first.
+
+    Raises:
+        ConfigError: a pattern that backtracks without end.
+    """
+    rules = (value or {}).get("layer_specs", ())
+    for pattern in [pattern for rule in rules for pattern in rule["patterns"]]:
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", MATCH],
+                input=json.dumps([pattern, list(names)]).encode(),
+                timeout=MATCH_LIMIT_S,
+                check=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"patterns={[pattern]!r} of a rule of partition_config must match the "
+                f"model's names within {MATCH_LIMIT_S} s, without nested repetitions; "
+                "try '.*o_proj\\.weight$'"
+            ) from None
 
 
 def check_keys(what: str, value: Any, known) -> None:

@@ -24,6 +24,17 @@ LAYOUT = ("tp_size", "dp_size", "zero_stage")
 PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
 
 
+CONVERT = """
+from deepspeed.checkpoint import ds_to_universal
+from tp2d_lib.autotp import files
+from tp2d_lib.checkpoint import plain
+
+arguments = ds_to_universal.parse_arguments()
+with plain.only(arguments.input_folder, files.ALLOWED):
+    ds_to_universal.main(arguments)
+"""
+
+
 def layout(config: TrainConfig) -> dict:
     """What determines the layout of DeepSpeed's files; any other must be converted."""
     names = LAYOUT + (PLAN if config.tp_size > 1 else ())
@@ -90,7 +101,7 @@ def convert(source: Path, target: Path) -> str | None:
     """Run DeepSpeed's converter; returns its last error line if it fails."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *(sys.executable, "-c", CONVERT),
             *("--input_folder", str(source), "--output_folder", str(target)),
             "--inject_missing_state",  # a checkpoint without tp records less
         ],
@@ -102,7 +113,7 @@ def convert(source: Path, target: Path) -> str | None:
     for kind in ("fp32", "exp_avg", "exp_avg_sq"):
         for path in target.glob(f"zero/*/{kind}.pt"):
             # Without tp, ZeRO 3 writes bare tensors, which its loader would not split.
-            value = torch.load(path, weights_only=False)
+            value = torch.load(path, weights_only=True)
             if isinstance(value, torch.Tensor):
                 torch.save({PARAM: value}, path)
     return None

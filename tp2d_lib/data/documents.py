@@ -16,7 +16,7 @@ def load_tokenizer(config: TrainConfig):
         ConfigError: there is no tokenizer, or it has no end token.
     """
     tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name, revision=config.model_revision
+        config.model_name, revision=config.model_revision, trust_remote_code=False
     )
     if not tokenizer("word")["input_ids"]:  # no tokenizer files
         raise ConfigError(

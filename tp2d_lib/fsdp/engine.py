@@ -24,7 +24,7 @@ from tp2d_lib import model as models
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
-from tp2d_lib.fsdp.files import HashingWriter
+from tp2d_lib.fsdp.files import HashingWriter, PlainReader
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
 from tp2d_lib.mesh import build_mesh
@@ -218,12 +218,16 @@ class FSDPEngine:
     def load(self, directory: str | Path) -> None:
         """Load a checkpoint, from this mesh or another one; every rank must call it."""
         state = self.state_dict()
-        stored = dcp.FileSystemReader(str(directory)).read_metadata()
+        reader = PlainReader(str(directory))
+        stored = reader.read_metadata()
         own = f"rng{dist.get_rank()}"
         for kind in list(state[own]):
             if f"{own}.{kind}" not in stored.state_dict_metadata:
                 del state[own][kind]  # saved with fewer ranks, or without GPUs
-        dcp.load(state, checkpoint_id=str(directory))  # weights and RNG in place
+        try:
+            dcp.load(state, storage_reader=reader)  # weights and RNG in place
+        except dcp.CheckpointException as error:  # no Exception: few would catch it
+            raise next(cause for cause, _ in error.failures.values()) from error
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         rng.restore(state[own])
 

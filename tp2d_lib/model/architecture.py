@@ -21,7 +21,7 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(
-            name, revision=config.model_revision
+            name, revision=config.model_revision, trust_remote_code=False
         ).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -56,7 +56,7 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
     """The model with shapes but no storage: every parameter is on ``meta``."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            load_model_config(config), dtype=torch.float32
+            load_model_config(config), dtype=torch.float32, trust_remote_code=False
         )
     if config.activation_checkpointing:
         checkpoint_activations(model)

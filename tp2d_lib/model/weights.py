@@ -152,5 +152,7 @@ def export_config(config: TrainConfig, directory: Path) -> None:
             OSError, ValueError
         ):  # not every model has all of them
             part.from_pretrained(
-                config.model_name, revision=config.model_revision
+                config.model_name,
+                revision=config.model_revision,
+                trust_remote_code=False,
             ).save_pretrained(directory)
