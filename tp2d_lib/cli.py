@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.validation import check_run_name
 
 FLAGS = {"batch_size_per_gpu": "batch_size"}  # the only flag not named after its field
 GROUPS = {  # the field that begins a group of flags -> its title
@@ -29,14 +30,19 @@ DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
 ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses bad flags like everything else: in one line, with exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
+
+
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     """One flag for each field of TrainConfig that the engine reads.
 
     A flag that is not given sets no value, so that the file's or the demo's applies.
     """
-    parser = argparse.ArgumentParser(
-        description=description, argument_default=argparse.SUPPRESS
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="values; flags override")
     parser.add_argument(
         "--offline_demo",
@@ -90,6 +96,8 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     values: dict[str, Any] = dict(DEFAULTS)
     file = read_file(given.pop("config", None))
     run = given.pop("resume_from", None)
+    if run is not None:
+        check_run_name("resume_from", run)
     if given.pop("offline_demo", False):
         from tp2d_lib import presets
 
