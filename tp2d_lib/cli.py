@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 from tp2d_lib.validation import check_run_name
 
 FLAGS = {"batch_size_per_gpu": "batch_size"}  # the only flag not named after its field
@@ -148,7 +148,8 @@ def read_file(path: str | None) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(values).__name__}, not keys")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"config={path!r} must be a YAML file ({error}); try the line 'tp_size: 2'"
+            f"config={path!r} must be a YAML file ({first_line(error)}); try the line "
+            "'tp_size: 2'"
         ) from error
     names = {f.name: f.name for f in fields(TrainConfig)}
     names |= {flag: name for name, flag in FLAGS.items()}

@@ -177,6 +177,11 @@ def absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, to be put into a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def closest(value: str, choices) -> str:
     """The choice most similar to a mistyped value; the first if none is similar."""
     lowered = {choice.lower(): choice for choice in reversed(list(choices))}

@@ -28,6 +28,7 @@ from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import weights
 from tp2d_lib.model.guards import (
+    check_finite,
     check_replicated_gradients,
     check_same_function,
     probe,
@@ -87,10 +88,19 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
 
 
 def load_full_model(config: TrainConfig) -> PreTrainedModel:
-    """The full model in float32, which AutoTP shards in place."""
-    return AutoModelForCausalLM.from_pretrained(
-        weights.model_directory(config), dtype=torch.float32
-    ).train()
+    """The full model in float32, which AutoTP shards in place.
+
+    Raises:
+        ValueError: a parameter of the model has no tensor in the files.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    directory = weights.model_directory(config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    weights.check_complete(info["missing_keys"], directory)  # else they are random
+    check_finite(dict(model.named_parameters()), directory)
+    return model.train()
 
 
 def build_engine(

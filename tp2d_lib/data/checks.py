@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.integrity import entry
 from tp2d_lib.model import load_model_config
 
@@ -96,15 +96,12 @@ def open_array(path: Path) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DamageError(f"{path.name} cannot be read ({one_line(reason)})") from error
+        raise DamageError(
+            f"{path.name} cannot be read ({first_line(error)})"
+        ) from error
     if array.dtype.kind not in "iu":
         raise DamageError(f"{path.name} holds {array.dtype}, not integers")
     return array
-
-
-def one_line(reason: object) -> str:
-    return " ".join(str(reason).split())
 
 
 def bounds(array: np.ndarray) -> tuple[int, int]:

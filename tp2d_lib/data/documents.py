@@ -6,23 +6,27 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 
 
 def load_tokenizer(config: TrainConfig):
     """The model's tokenizer.
 
     Raises:
-        ConfigError: there is no tokenizer, or it has no end token.
+        ConfigError: there is no tokenizer, it cannot be read, or has no end token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name, revision=config.model_revision
-    )
-    if not tokenizer("word")["input_ids"]:  # no tokenizer files
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model_name, revision=config.model_revision
+        )
+        if not tokenizer("word")["input_ids"]:
+            raise ValueError("there are none")
+    except Exception as error:  # tokenizers raises nothing more specific
         raise ConfigError(
             f"model_name={config.model_name!r} must hold its tokenizer's files, such "
-            "as tokenizer.json; write them there with the tokenizer's save_pretrained"
-        )
+            f"as tokenizer.json ({first_line(error)}); write them there with the "
+            "tokenizer's save_pretrained"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model_name={config.model_name!r} must have a tokenizer with an end "
@@ -43,7 +47,7 @@ def load_builder(config: TrainConfig):
             where += f" ({config.dataset_config})"
         raise ConfigError(
             f"dataset_name={where!r} must be a folder with data files or a dataset on "
-            f"the Hub; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+            f"the Hub; try 'Salesforce/wikitext' ({first_line(error)})"
         ) from error
 
 
@@ -55,10 +59,9 @@ def load_documents(config: TrainConfig, builder):
     try:
         builder.download_and_prepare()
     except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
-        reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must hold readable data "
-            f"({reason}); try 'Salesforce/wikitext'"
+            f"({first_line(error.__cause__ or error)}); try 'Salesforce/wikitext'"
         ) from error
     split = config.dataset_split
     if split not in builder.info.splits:

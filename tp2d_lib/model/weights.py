@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
@@ -24,8 +26,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.architecture import load_model_config
+from tp2d_lib.model.guards import check_finite
 
 
 def model_directory(config: TrainConfig) -> Path:
@@ -56,16 +59,47 @@ def stored_names(config: TrainConfig) -> set[str]:
     """Names of the tensors in the model's files; reads only their headers.
 
     Raises:
-        ConfigError: the files are not safetensors.
+        ConfigError: the files are not safetensors, or not all of what they should be.
     """
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
-        reader = HuggingFaceStorageReader(str(model_directory(config)))
-        return set(reader.read_metadata().state_dict_metadata)
+        directory = model_directory(config)
+        check_index(config, directory / "model.safetensors.index.json")
+        files = directory.glob("*.safetensors")
+        return {name for path in sorted(files) for name in names_in(path, config)}
     repository = {"repo_id": config.model_name, "revision": config.model_revision}
     try:
         return set(get_safetensors_metadata(**repository).weight_map)
     except NotASafetensorsRepoError as error:
         raise no_safetensors(config) from error
+
+
+def check_index(config: TrainConfig, path: Path) -> None:
+    """Each file that the index of a model names must be there."""
+    if not path.exists():
+        return
+    try:
+        files = set(json.loads(path.read_bytes())["weight_map"].values())
+        missing = sorted(file for file in files if not path.with_name(file).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(config, path, first_line(error)) from error
+    if missing:
+        raise damaged(config, path.with_name(missing[0]), "it is in the index only")
+
+
+def names_in(path: Path, config: TrainConfig) -> list[str]:
+    """Names of the tensors in a file that is as long as its header says."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise damaged(config, path, first_line(error)) from error
+
+
+def damaged(config: TrainConfig, path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model_name={config.model_name!r} must hold an undamaged {path.name} "
+        f"({reason}); try another copy of the model"
+    )
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,6 +119,7 @@ def load_pretrained(
 
     Raises:
         ValueError: a parameter of the model has no tensor in the files.
+        NonFiniteError: a tensor holds NaN or infinity.
     """
     model.to_empty(device=device)
     rebuild_buffers(model)
@@ -92,10 +127,16 @@ def load_pretrained(
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)
-    missing = sorted(set(wanted) - set(stored))
-    if missing:
-        raise ValueError(f"{directory} must hold {missing[0]} ({len(missing)} missing)")
+    check_complete(wanted.keys() - stored.keys(), directory)
     dcp.load(wanted, storage_reader=reader)
+    check_finite(wanted, directory)
+
+
+def check_complete(missing: set[str], directory: Path) -> None:
+    if missing:
+        raise ValueError(
+            f"{directory} must hold {min(missing)} ({len(missing)} missing)"
+        )
 
 
 def rebuild_buffers(model: nn.Module) -> None:
