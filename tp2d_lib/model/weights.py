@@ -156,34 +156,78 @@ def rebuild_buffers(model: nn.Module) -> None:
         model.get_buffer(name).copy_(buffer)
 
 
+def partial_folder(directory: Path) -> Path:
+    """Where an export is written until it is complete: beside its own folder."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def clear(partial: Path) -> None:
+    """Delete what a dead attempt left."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Make a complete export the content of its folder, where other files stay.
+
+    At every moment the folder holds a whole model or none: the file that
+    ``from_pretrained`` begins with is deleted first and arrives last.
+    """
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    earlier = directory.glob("model*.safetensors*")  # would be loaded before new shards
+    for file in sorted(earlier, key=is_first, reverse=True):
+        file.unlink()
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for file in sorted(files, key=is_first):
+        target = directory / file.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(file, target)  # the folder may be another disk's
+    shutil.rmtree(partial)
+
+
+def is_first(file: Path) -> bool:
+    """Whether ``from_pretrained`` looks for this file before all others."""
+    return file.name in ("model.safetensors", "model.safetensors.index.json")
+
+
 def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
     """Write a sharded model as ``save_pretrained`` would; every rank must call it."""
+    partial = partial_folder(directory)
+    if dist.get_rank() == 0:
+        clear(partial)
+    dist.barrier()
     hf = load_model_config(config)
     state = {
         name: tensor.to(hf.dtype or torch.float32)
         for name, tensor in own_state(model).items()
     }
     writer = HuggingFaceStorageWriter(
-        str(directory), save_distributed=True, enable_consolidation=True
+        str(partial), save_distributed=True, enable_consolidation=True
     )
     dcp.save(state, storage_writer=writer)
     if dist.get_rank() == 0:
-        shutil.rmtree(directory / "sharded")
-        export_config(config, directory)
+        shutil.rmtree(partial / "sharded")
+        export_config(config, partial)
+        publish(partial, directory)
     dist.barrier()
 
 
 def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
     """Write a full state dict as ``save_pretrained`` would; only one rank calls it."""
-    hf = load_model_config(config)
+    partial, hf = partial_folder(directory), load_model_config(config)
+    clear(partial)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)
     model.load_state_dict(
         {name: tensor.to(model.dtype) for name, tensor in state.items()}, assign=True
     )
     model.tie_weights()
-    model.save_pretrained(directory)
-    export_config(config, directory)
+    model.save_pretrained(partial)
+    export_config(config, partial)
+    publish(partial, directory)
 
 
 def export_config(config: TrainConfig, directory: Path) -> None:
