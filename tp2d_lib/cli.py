@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -102,7 +103,7 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
         from tp2d_lib import presets
 
         storage = given.get("storage_path") or file.get("storage_path")
-        storage = storage or presets.default_storage()
+        storage = checked_storage(storage or presets.default_storage())
         values |= presets.preset_values("demo", storage) | {"device": "cpu"}
     if run is not None:
         values |= values_of_run(run, {**values, **file, **given})
@@ -119,18 +120,23 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
 
 def values_of_run(run: str, values: dict[str, Any]) -> dict[str, Any]:
     """What a run was last started with, from the configuration in its folder."""
-    storage = values.get("storage_path") or TrainConfig.storage_path
-    path = Path(storage).expanduser() / run / "config.yaml"
+    storage = checked_storage(values.get("storage_path") or TrainConfig.storage_path)
+    path = Path(storage, run, "config.yaml")
     if not path.is_file():  # check_run_exists tells
         return {}
     stored = read_file(str(path))
-    cache = stored.get("cache_dir") or str(Path(stored["storage_path"], "data"))
+    cache = stored.get("cache_dir") or f"{stored.get('storage_path')}/data"
     for name in ("prepared_data", "prepared_eval_data"):  # found again, or made
         if str(stored.get(name)).startswith(f"{cache}/"):
             del stored[name]
     for name in ("num_workers", "storage_path"):  # follow from the mesh; may have moved
-        del stored[name]
+        stored.pop(name, None)
     return stored
+
+
+def checked_storage(value: Any) -> str:
+    """A storage_path that is needed before all other values are known."""
+    return TrainConfig(storage_path=value, cache_dir="/").storage_path
 
 
 def read_file(path: str | None) -> dict[str, Any]:
@@ -142,11 +148,12 @@ def read_file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        documents = list(yaml.safe_load_all(Path(path).expanduser().read_text("utf-8")))
+        text = Path(os.path.expanduser(path)).read_text("utf-8")
+        documents = list(yaml.safe_load_all(text))
         values = (documents or [None])[-1] or {}
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not keys")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config={path!r} must be a YAML file ({first_line(error)}); try the line "
             "'tp_size: 2'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -41,7 +42,7 @@ def load_builder(config: TrainConfig):
 
     try:
         return load_dataset_builder(config.dataset_name, config.dataset_config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each format is read by another library
         where = config.dataset_name
         if config.dataset_config:
             where += f" ({config.dataset_config})"
@@ -54,11 +55,10 @@ def load_builder(config: TrainConfig):
 def load_documents(config: TrainConfig, builder):
     """The documents to use: the first ``dataset_percentage`` percent of the split."""
     from datasets import ReadInstruction  # here: slow, workers do not need it
-    from datasets.exceptions import DatasetGenerationError
 
     try:
         builder.download_and_prepare()
-    except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
+    except Exception as error:  # each format is read by another library
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must hold readable data "
             f"({first_line(error.__cause__ or error)}); try 'Salesforce/wikitext'"
@@ -112,7 +112,7 @@ def tokenize(config: TrainConfig, tokenizer, builder, tokens_file: Path):
         ids = [[*document, tokenizer.eos_token_id] for document in ids]
         return {"input_ids": ids, "length": [len(document) for document in ids]}
 
-    workers = config.preprocessing_num_workers
+    workers = min(config.preprocessing_num_workers, os.cpu_count() or 1)
     return documents.map(
         encode,
         batched=True,
