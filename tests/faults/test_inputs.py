@@ -80,6 +80,7 @@ def home(tmp_path_factory, demo_paths):
     """A directory of its own to work in; Ray and training are out of reach."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "file").touch()
+    (folder / "old" / "checkpoint-000002").mkdir(parents=True)
     write_texts(folder / "texts", sentences(20))
     (folder / "demo").symlink_to(Path(demo_paths[0]).parent)
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +92,7 @@ def home(tmp_path_factory, demo_paths):
 
 
 @given(values=wild.settings_of(most=5))
-@cases(40, 400)
+@cases(35, 400)
 def test_values_of_fields(values):
     with case("TrainConfig"):
         config = TrainConfig(**values)
@@ -118,7 +119,7 @@ ENGINES = st.sampled_from(["fsdp", "autotp"])
 
 
 @given(engine=ENGINES, argv=wild.flags_of(FLAGS | {"resume_from": "--resume_from"}))
-@cases(12, 200)
+@cases(8, 200)
 def test_flags(home, engine, argv):
     with case("flags"):
         command(engine, ["--offline_demo", "--storage_path", ".", "--tp_size=1", *argv])
@@ -131,13 +132,15 @@ documents = st.one_of(
 )
 
 
-@given(engine=ENGINES, text=documents, argv=st.lists(wild.texts, max_size=1))
-@cases(12, 200)
-def test_files_of_values(home, engine, text, argv):
-    Path("run.yaml").write_text(text, "utf-8", "surrogateescape")
-    given = [f"--config={name}" for name in argv or ["run.yaml"]]
+@given(engine=ENGINES, text=documents, other=wild.texts, use=st.sampled_from("crcro"))
+@cases(10, 200)
+def test_files_of_values(home, engine, text, other, use):
+    """Of --config, or those that a run to be resumed was started with."""
+    Path("old/config.yaml").write_text(text, "utf-8", "surrogateescape")
+    given = {"c": "--config=old/config.yaml", "r": "--resume_from=old"}
     with case("YAML"):
-        command(engine, ["--offline_demo", "--tp_size=1", *given])
+        argv = ["--offline_demo", "--storage_path=.", "--tp_size=1"]
+        command(engine, [*argv, given.get(use, f"--config={other}")])
 
 
 @given(
@@ -146,7 +149,7 @@ def test_files_of_values(home, engine, text, argv):
     preset=wild.wild | st.sampled_from([*presets.PRESETS, "auto"]),
     values=wild.settings_of([name for name in wild.NAMES if name != "storage_path"]),
 )
-@cases(15, 150)
+@cases(10, 150)
 def test_parameters_of_notebooks(home, cells, names, preset, values):
     injected = "\n".join([notebook.INJECTED, *(f"{name} = 1" for name in names)])
     with case("notebook"):
@@ -174,7 +177,7 @@ def write_documents(folder: Path, documents: list[dict], kind: str) -> None:
     column=st.sampled_from(["text", "text", "id", "", "ünï"]),
     pack=st.booleans(),
 )
-@cases(12, 150)
+@cases(10, 150)
 def test_rows_of_datasets(
     home, demo_paths, tmp_path_factory, documents, kind, column, pack
 ):
@@ -190,7 +193,7 @@ MODEL += ["tokenizer_config.json"]
 
 
 @given(name=st.sampled_from(MODEL), draw=st.data())
-@cases(12, 200)
+@cases(10, 200)
 def test_model_folders(home, demo_paths, tmp_path_factory, name, draw):
     model = tmp_path_factory.mktemp("model")
     for file in Path(demo_paths[0]).iterdir():
@@ -215,7 +218,7 @@ def rows(home, demo_paths):
 @given(
     name=st.sampled_from(["rows.json", "input_ids.npy", "lengths.npy"]), draw=st.data()
 )
-@cases(12, 150)
+@cases(10, 150)
 def test_folders_of_rows(rows, tmp_path_factory, name, draw):
     folder, (good, config) = tmp_path_factory.mktemp("rows"), rows
     for file in good.iterdir():

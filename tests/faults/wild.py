@@ -26,6 +26,7 @@ PATHS = [
     "x://",
 ]
 PATHS += ["mem://x", "~nobody/x", "\0", "a\nb", "http://[::1", "./", ".."]
+REAL = ["text", "train", "validation", "demo/model", "demo/dataset", "texts", "old"]
 
 texts = st.sampled_from(TEXTS + PATHS) | st.text(max_size=12)
 numbers = st.sampled_from(EDGES + FLOATS) | st.integers() | st.floats()
@@ -48,10 +49,14 @@ def value_of(name: str):
         return texts
     choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
     kinds = getattr(HINTS[name], "__args__", (HINTS[name],))
-    likely = [st.sampled_from(choices)] * bool(choices)
-    likely += [st.integers(-1, 9)] * (int in kinds) + [st.booleans()] * (bool in kinds)
-    likely += [st.floats(0, 1)] * (float in kinds)
-    return st.one_of(wild, *likely)
+    likely = {
+        bool: st.booleans(),
+        int: st.integers(0, 9),
+        float: st.floats(0, 1),
+        str: st.sampled_from(choices or REAL),
+    }
+    likely = st.one_of(*(likely[kind] for kind in kinds if kind in likely))
+    return st.booleans().flatmap(lambda usual: likely if usual else wild)
 
 
 @st.composite
