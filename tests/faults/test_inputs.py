@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -132,6 +132,7 @@ documents = st.one_of(
 )
 
 
+@example(engine="fsdp", text="[" * 5000, other="", use="c")
 @given(engine=ENGINES, text=documents, other=wild.texts, use=st.sampled_from("crcro"))
 @cases(10, 200)
 def test_files_of_values(home, engine, text, other, use):
