@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -16,7 +17,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
+from tp2d_lib.validation import check_run_name
 
 FLAGS = {"batch_size_per_gpu": "batch_size"}  # the only flag not named after its field
 GROUPS = {  # the field that begins a group of flags -> its title
@@ -29,14 +31,19 @@ DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
 ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses bad flags like everything else: in one line, with exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
+
+
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     """One flag for each field of TrainConfig that the engine reads.
 
     A flag that is not given sets no value, so that the file's or the demo's applies.
     """
-    parser = argparse.ArgumentParser(
-        description=description, argument_default=argparse.SUPPRESS
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="values; flags override")
     parser.add_argument(
         "--offline_demo",
@@ -90,11 +97,13 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     values: dict[str, Any] = dict(DEFAULTS)
     file = read_file(given.pop("config", None))
     run = given.pop("resume_from", None)
+    if run is not None:
+        check_run_name("resume_from", run)
     if given.pop("offline_demo", False):
         from tp2d_lib import presets
 
         storage = given.get("storage_path") or file.get("storage_path")
-        storage = storage or presets.default_storage()
+        storage = checked_storage(storage or presets.default_storage())
         values |= presets.preset_values("demo", storage) | {"device": "cpu"}
     if run is not None:
         values |= values_of_run(run, {**values, **file, **given})
@@ -111,18 +120,23 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
 
 def values_of_run(run: str, values: dict[str, Any]) -> dict[str, Any]:
     """What a run was last started with, from the configuration in its folder."""
-    storage = values.get("storage_path") or TrainConfig.storage_path
-    path = Path(storage).expanduser() / run / "config.yaml"
+    storage = checked_storage(values.get("storage_path") or TrainConfig.storage_path)
+    path = Path(storage, run, "config.yaml")
     if not path.is_file():  # check_run_exists tells
         return {}
     stored = read_file(str(path))
-    cache = stored.get("cache_dir") or str(Path(stored["storage_path"], "data"))
+    cache = stored.get("cache_dir") or f"{stored.get('storage_path')}/data"
     for name in ("prepared_data", "prepared_eval_data"):  # found again, or made
         if str(stored.get(name)).startswith(f"{cache}/"):
             del stored[name]
     for name in ("num_workers", "storage_path"):  # follow from the mesh; may have moved
-        del stored[name]
+        stored.pop(name, None)
     return stored
+
+
+def checked_storage(value: Any) -> str:
+    """A storage_path that is needed before all other values are known."""
+    return TrainConfig(storage_path=value, cache_dir="/").storage_path
 
 
 def read_file(path: str | None) -> dict[str, Any]:
@@ -134,13 +148,15 @@ def read_file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        documents = list(yaml.safe_load_all(Path(path).expanduser().read_text("utf-8")))
+        text = Path(os.path.expanduser(path)).read_text("utf-8")
+        documents = list(yaml.safe_load_all(text))
         values = (documents or [None])[-1] or {}
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not keys")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"config={path!r} must be a YAML file ({error}); try the line 'tp_size: 2'"
+            f"config={path!r} must be a YAML file ({first_line(error)}); try the line "
+            "'tp_size: 2'"
         ) from error
     names = {f.name: f.name for f in fields(TrainConfig)}
     names |= {flag: name for name, flag in FLAGS.items()}

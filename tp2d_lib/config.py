@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tp2d_lib import validation
-from tp2d_lib.validation import ConfigError, closest
+from tp2d_lib.validation import ConfigError, closest, first_line
 
-__all__ = ["ConfigError", "TrainConfig", "closest"]
+__all__ = ["ConfigError", "TrainConfig", "closest", "first_line"]
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 from tp2d_lib.data import demo
 from tp2d_lib.validation import absolute
 
@@ -58,12 +58,22 @@ def build_config(preset: str, storage_path: str | None, **settings) -> TrainConf
 
 
 def preset_values(preset: str, storage_path: str) -> dict:
-    """The fields that a preset sets; for the demo, writes its model and dataset."""
+    """The fields that a preset sets; for the demo, writes its model and dataset.
+
+    Raises:
+        ConfigError: they cannot be written there.
+    """
     values = {"storage_path": storage_path, **PRESETS[preset]}
     if preset == "demo":
         remote = "://" in storage_path
-        home = default_storage() if remote else absolute(storage_path)
-        model_name, dataset_name = demo.write(Path(home) / "demo")
+        try:
+            home = default_storage() if remote else absolute(storage_path)
+            model_name, dataset_name = demo.write(Path(home) / "demo")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"storage_path={storage_path!r} must be a writable folder "
+                f"({first_line(error)}); try storage_path='/tmp/tp2d'"
+            ) from error
         values |= {"model_name": model_name, "dataset_name": dataset_name}
     return values
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -46,6 +48,7 @@ PATHS = (
     "resume_from_checkpoint",
     "export_to",
 )
+TEXTS = ("partition_config",)  # may have several lines
 NAMES = ("model_name", "dataset_name", "eval_dataset")  # a folder, or a name on the Hub
 
 
@@ -57,6 +60,11 @@ def check_types(config: Any) -> None:
     hints = type_hints(type(config))
     for f in fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
+        if type(value) is int and value.bit_length() > 63:  # too long even to print
+            raise ConfigError(
+                f"{f.name}, an integer of {value.bit_length()} bits, must have at most "
+                f"63; its default is {f.default!r}"
+            )
         allowed = getattr(hint, "__args__", (hint,))  # `int | None` -> (int, NoneType)
         if float in allowed and type(value) is int:
             value = float(value)
@@ -72,6 +80,20 @@ def check_types(config: Any) -> None:
             raise ConfigError(
                 f"{f.name}={value!r} must not be empty; its default is {f.default!r}"
             )
+        if isinstance(value, str) and f.name not in TEXTS and not value.isprintable():
+            raise ConfigError(
+                f"{f.name}={value!r} must be printable text in one line; its default "
+                f"is {f.default!r}"
+            )
+
+
+def check_run_name(field: str, value: str) -> None:
+    """A run's name is a folder's, an actor's and part of a URL: plain characters."""
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise ConfigError(
+            f"{field}={value!r} must begin with a letter or digit, hold only letters "
+            "A to Z, digits and ._-, and have at most 100 characters; try 'run-1'"
+        )
 
 
 def check_values(config: Any) -> None:
@@ -101,11 +123,15 @@ def check_values(config: Any) -> None:
         )
     for f in fields(config):
         choices, value = f.metadata["choices"], getattr(config, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name}={value} must be finite; try {f.default}")
         if choices and value is not None and value not in choices:
             raise ConfigError(
                 f"{f.name}={value!r} must be one of {', '.join(choices)}; "
                 f"try {closest(value, choices)}"
             )
+    if config.run_name is not None:
+        check_run_name("run_name", config.run_name)
 
 
 def check_combinations(config: Any) -> None:
@@ -124,11 +150,10 @@ def check_combinations(config: Any) -> None:
     length, tp_size = config.seq_length, config.tp_size
     if length % tp_size:
         fits = max(length // tp_size, 1) * tp_size
-        divides = max(n for n in range(1, tp_size) if length % n == 0)
         raise ConfigError(
             f"seq_length={length} must be divisible by tp_size={tp_size}, because each "
             f"tp rank keeps an equal share of the activations; try {fits}, or "
-            f"tp_size={divides}"
+            f"tp_size={math.gcd(length, tp_size)}"
         )
 
 
@@ -152,6 +177,11 @@ def make_paths_absolute(config: Any) -> None:
 
 def absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, to be put into a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def closest(value: str, choices) -> str:

@@ -130,7 +130,7 @@ def test_second_prepare_reuses_rows(make, tmp_path, monkeypatch):
     config = make(dataset_name=write_texts(tmp_path / "texts", sentences(20)))
     directory = data.prepare(config)
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    assert {path.name for path in times} == {"input_ids.npy", "lengths.npy"}
+    assert {path.name for path in times} == {*data.checks.FILES, data.checks.CHECKSUMS}
 
     again = lambda *_: pytest.fail("tokenised again")  # noqa: E731
     monkeypatch.setattr(data.rows, "tokenize", again)

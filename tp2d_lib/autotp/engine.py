@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib import model as models
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
 from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
+from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.preflight import check_precision
 from tp2d_lib.autotp.zero import deepspeed_config, shards_vocabulary
 from tp2d_lib.checkpoint import rng
@@ -85,13 +85,6 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
         parts[0 if is_sharded(parameter) else 1] += parameter.grad.square().sum()
     dist.all_reduce(parts[0], group=engine.mesh.get_group("tp"))
     return parts.sum().sqrt()
-
-
-def load_full_model(config: TrainConfig) -> PreTrainedModel:
-    """The full model in float32, which AutoTP shards in place."""
-    return AutoModelForCausalLM.from_pretrained(
-        weights.model_directory(config), dtype=torch.float32, trust_remote_code=False
-    ).train()
 
 
 def build_engine(

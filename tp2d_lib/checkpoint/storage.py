@@ -73,9 +73,13 @@ def check(config: TrainConfig) -> None:
 
 def check_writable(name: str, path: str) -> None:
     """Check that a local folder is writable, or can be created."""
-    home = next(p for p in (path, *map(str, Path(path).parents)) if os.path.exists(p))
-    if not (os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)):
-        raise ConfigError(
-            f"{name}={path!r} must be a writable folder, but {home!r} is not; "
-            f"try {name}='/tmp/tp2d'"
-        )
+    ways = [Path(path, "file")]
+    if name == "export_to":  # written beside it first
+        ways.append(Path(f"{path}.partial"))
+    for way in ways:
+        home = next(parent for parent in way.parents if os.path.exists(parent))
+        if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+            raise ConfigError(
+                f"{name}={path!r} must be a writable folder, but {str(home)!r} is "
+                f"not; try {name}='/tmp/tp2d'"
+            )

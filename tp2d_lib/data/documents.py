@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 
 
 def load_tokenizer(config: TrainConfig):
     """The model's tokenizer.
 
     Raises:
-        ConfigError: there is no tokenizer, or it has no end token.
+        ConfigError: there is no tokenizer, it cannot be read, or has no end token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name, revision=config.model_revision, trust_remote_code=False
-    )
-    if not tokenizer("word")["input_ids"]:  # no tokenizer files
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model_name, revision=config.model_revision, trust_remote_code=False
+        )
+        if not tokenizer("word")["input_ids"]:
+            raise ValueError("there are none")
+    except Exception as error:  # tokenizers raises nothing more specific
         raise ConfigError(
             f"model_name={config.model_name!r} must hold its tokenizer's files, such "
-            "as tokenizer.json; write them there with the tokenizer's save_pretrained"
-        )
+            f"as tokenizer.json ({first_line(error)}); write them there with the "
+            "tokenizer's save_pretrained"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model_name={config.model_name!r} must have a tokenizer with an end "
@@ -37,28 +42,26 @@ def load_builder(config: TrainConfig):
 
     try:
         return load_dataset_builder(config.dataset_name, config.dataset_config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each format is read by another library
         where = config.dataset_name
         if config.dataset_config:
             where += f" ({config.dataset_config})"
         raise ConfigError(
             f"dataset_name={where!r} must be a folder with data files or a dataset on "
-            f"the Hub; try 'Salesforce/wikitext' ({str(error).splitlines()[0]})"
+            f"the Hub; try 'Salesforce/wikitext' ({first_line(error)})"
         ) from error
 
 
 def load_documents(config: TrainConfig, builder):
     """The documents to use: the first ``dataset_percentage`` percent of the split."""
     from datasets import ReadInstruction  # here: slow, workers do not need it
-    from datasets.exceptions import DatasetGenerationError
 
     try:
         builder.download_and_prepare()
-    except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
-        reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
+    except Exception as error:  # each format is read by another library
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must hold readable data "
-            f"({reason}); try 'Salesforce/wikitext'"
+            f"({first_line(error.__cause__ or error)}); try 'Salesforce/wikitext'"
         ) from error
     split = config.dataset_split
     if split not in builder.info.splits:
@@ -109,7 +112,7 @@ def tokenize(config: TrainConfig, tokenizer, builder, tokens_file: Path):
         ids = [[*document, tokenizer.eos_token_id] for document in ids]
         return {"input_ids": ids, "length": [len(document) for document in ids]}
 
-    workers = config.preprocessing_num_workers
+    workers = min(config.preprocessing_num_workers, os.cpu_count() or 1)
     return documents.map(
         encode,
         batched=True,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.data.rows import prepare
+from tp2d_lib.data.rows import check_prepared, prepare
 
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
@@ -100,7 +100,9 @@ def build_dataloader(config: TrainConfig, mesh) -> BatchLoader:
         config: ``prepared_data`` names the rows; if None, they are prepared here.
         mesh: the (dp, tp) mesh.
     """
-    return BatchLoader(config, prepare(config), mesh["dp"].get_local_rank())
+    # What the driver prepared, it also compared with its checksums.
+    find = check_prepared if config.prepared_data else prepare
+    return BatchLoader(config, find(config), mesh["dp"].get_local_rank())
 
 
 def valid_tokens(batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data import checks
 from tp2d_lib.data.documents import (
     check_column,
     load_builder,
@@ -42,42 +43,62 @@ def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
     Runs in the driver, before any worker exists. When several processes call it at
     once, one works and the others wait. With ``keep_all`` no token is dropped: the last
     row of packed documents is padded, and long documents get as many rows as they need.
+    Rows that exist are read once and compared with their checksums; damaged ones are
+    made again.
 
     Returns:
-        A folder with ``input_ids.npy`` (rows, seq_length) int32 and ``lengths.npy``
-        (rows,) int32, the number of real tokens in each row.
+        A folder with ``input_ids.npy`` (rows, seq_length) int32, ``lengths.npy``
+        (rows,) int32, the number of real tokens in each row, and their checksums.
 
     Raises:
-        ConfigError: the dataset cannot be read, lacks the column, or yields no row.
+        ConfigError: the dataset cannot be read, lacks the column, or yields no row;
+            the rows given are damaged, or have token ids that the model has not.
     """
     if config.prepared_data:
-        return check_prepared(config)
+        directory = check_prepared(config)
+        try:
+            checks.check_vocabulary(config, checks.vocabulary(directory))
+        except checks.DamageError as error:
+            raise not_rows(config, error) from error
+        return directory
     tokenizer = load_tokenizer(config)
     builder = load_builder(config)
     directory = config.data_dir / fingerprint(config, tokenizer, builder, keep_all)
     make_folder(config.data_dir)
     with FileLock(f"{directory}.lock"):
-        if not directory.exists():
+        needed = vocabulary_of_found(directory)
+        if needed is None:
             work = Path(tempfile.mkdtemp(dir=config.data_dir, prefix=".rows-"))
             try:
                 write_rows(config, tokenizer, builder, work, keep_all)
                 os.chmod(work, 0o755)  # mkdtemp makes it private
+                needed = checks.write_checksums(work)
                 os.rename(work, directory)  # complete or not at all
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+    checks.check_vocabulary(config, needed)
     return directory
+
+
+def vocabulary_of_found(directory: Path) -> int | None:
+    """That of the rows of an earlier run; None without any, or if they were damaged."""
+    if not directory.exists():
+        return None
+    try:
+        return checks.vocabulary(directory)
+    except checks.DamageError as error:
+        print(f"{directory} is deleted and made again, because {error}", flush=True)
+        shutil.rmtree(directory)
+        return None
 
 
 def check_prepared(config: TrainConfig) -> Path:
     """The folder of rows that the config names; its rows must have the right length."""
     directory = Path(config.prepared_data)
     try:
-        length = np.load(directory / "input_ids.npy", mmap_mode="r").shape[1]
-    except OSError as error:
-        raise ConfigError(
-            f"prepared_data={config.prepared_data!r} must be a folder written by "
-            "data.prepare; try omitting it"
-        ) from error
+        _, length = checks.open_rows(directory)[0].shape
+    except checks.DamageError as error:
+        raise not_rows(config, error) from error
     if length != config.seq_length:
         raise ConfigError(
             f"prepared_data={config.prepared_data!r} must hold rows of "
@@ -85,6 +106,13 @@ def check_prepared(config: TrainConfig) -> Path:
             f"try seq_length={length}"
         )
     return directory
+
+
+def not_rows(config: TrainConfig, error: checks.DamageError) -> ConfigError:
+    return ConfigError(
+        f"prepared_data={config.prepared_data!r} must be a folder written by "
+        f"data.prepare, but {error}; try omitting it"
+    )
 
 
 def make_folder(directory: Path) -> None:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from tp2d_lib.config import ConfigError, closest
+from tp2d_lib.config import ConfigError, closest, first_line
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill adds
 
@@ -18,6 +18,9 @@ def check_parameters(cells: Sequence[str]) -> None:
 
     Args:
         cells: the sources run so far, IPython's ``In``.
+
+    Raises:
+        ConfigError: names the parameter, or the cell that is no Python.
     """
     own: set[str] = set()
     for source in cells:
@@ -25,18 +28,26 @@ def check_parameters(cells: Sequence[str]) -> None:
             if "PRESET =" in source and not own:
                 own = assigned(source)
             continue
+        known = sorted(own) or ["PRESET"]
         for name in sorted(assigned(source) - own):
             raise ConfigError(
                 f"the parameter {name} must be one of the notebook's: "
-                f"{', '.join(sorted(own))}; try {closest(name, sorted(own))}"
+                f"{', '.join(known)}; try {closest(name, known)}"
             )
 
 
 def assigned(source: str) -> set[str]:
     """Names that a cell of plain assignments sets."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"the parameters {source!r} must be assignments ({first_line(error)}); try "
+            "'PRESET = \"auto\"'"
+        ) from error
     return {
         target.id
-        for node in ast.parse(source).body
+        for node in body
         if isinstance(node, ast.Assign | ast.AnnAssign)
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 
 
 def load_model_config(config: TrainConfig) -> PretrainedConfig:
@@ -23,10 +23,10 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=False
         ).get_text_config()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config.json can be wrong in any way
         raise ConfigError(
             f"model_name={name!r} must be a model directory or a model on the Hub; "
-            f"try 'Qwen/Qwen2.5-0.5B' ({str(error).splitlines()[0]})"
+            f"try 'Qwen/Qwen2.5-0.5B' ({first_line(error)})"
         ) from error
 
 

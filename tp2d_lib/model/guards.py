@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from tp2d_lib.config import ConfigError, TrainConfig
@@ -17,6 +19,30 @@ from tp2d_lib.model.architecture import device_type, load_model_config
 
 class PlanError(UserError, ValueError):
     """The tensor-parallel plan does not cover the model; names what it leaves out."""
+
+
+class NonFiniteError(RuntimeError):
+    """A number that training cannot go on with: infinite, or not a number."""
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], model: object) -> None:
+    """Refuse weights from which only NaN could be trained.
+
+    Args:
+        tensors: by name; of a DTensor, this rank's part is looked at.
+        model: where they were read from, for the message.
+
+    Raises:
+        NonFiniteError: names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # Not isfinite(), which takes as much memory again as the tensor.
+        if local.numel() and not torch.stack(local.aminmax()).isfinite().all():
+            raise NonFiniteError(
+                f"{name!r} in {str(model)!r} must be finite, but holds NaN or "
+                "infinity; try an undamaged copy of the model"
+            )
 
 
 def check_sizes(config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
@@ -24,8 +26,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.architecture import load_model_config
+from tp2d_lib.model.guards import check_finite
 
 
 def model_directory(config: TrainConfig) -> Path:
@@ -56,16 +59,47 @@ def stored_names(config: TrainConfig) -> set[str]:
     """Names of the tensors in the model's files; reads only their headers.
 
     Raises:
-        ConfigError: the files are not safetensors.
+        ConfigError: the files are not safetensors, or not all of what they should be.
     """
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
-        reader = HuggingFaceStorageReader(str(model_directory(config)))
-        return set(reader.read_metadata().state_dict_metadata)
+        directory = model_directory(config)
+        check_index(config, directory / "model.safetensors.index.json")
+        files = directory.glob("*.safetensors")
+        return {name for path in sorted(files) for name in names_in(path, config)}
     repository = {"repo_id": config.model_name, "revision": config.model_revision}
     try:
         return set(get_safetensors_metadata(**repository).weight_map)
     except NotASafetensorsRepoError as error:
         raise no_safetensors(config) from error
+
+
+def check_index(config: TrainConfig, path: Path) -> None:
+    """Each file that the index of a model names must be there."""
+    if not path.exists():
+        return
+    try:
+        files = set(json.loads(path.read_bytes())["weight_map"].values())
+        missing = sorted(file for file in files if not path.with_name(file).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(config, path, first_line(error)) from error
+    if missing:
+        raise damaged(config, path.with_name(missing[0]), "it is in the index only")
+
+
+def names_in(path: Path, config: TrainConfig) -> list[str]:
+    """Names of the tensors in a file that is as long as its header says."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise damaged(config, path, first_line(error)) from error
+
+
+def damaged(config: TrainConfig, path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model_name={config.model_name!r} must hold an undamaged {path.name} "
+        f"({reason}); try another copy of the model"
+    )
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,6 +119,7 @@ def load_pretrained(
 
     Raises:
         ValueError: a parameter of the model has no tensor in the files.
+        NonFiniteError: a tensor holds NaN or infinity.
     """
     model.to_empty(device=device)
     rebuild_buffers(model)
@@ -92,10 +127,16 @@ def load_pretrained(
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)
-    missing = sorted(set(wanted) - set(stored))
-    if missing:
-        raise ValueError(f"{directory} must hold {missing[0]} ({len(missing)} missing)")
+    check_complete(wanted.keys() - stored.keys(), directory)
     dcp.load(wanted, storage_reader=reader)
+    check_finite(wanted, directory)
+
+
+def check_complete(missing: set[str], directory: Path) -> None:
+    if missing:
+        raise ValueError(
+            f"{directory} must hold {min(missing)} ({len(missing)} missing)"
+        )
 
 
 def rebuild_buffers(model: nn.Module) -> None:
@@ -115,34 +156,78 @@ def rebuild_buffers(model: nn.Module) -> None:
         model.get_buffer(name).copy_(buffer)
 
 
+def partial_folder(directory: Path) -> Path:
+    """Where an export is written until it is complete: beside its own folder."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def clear(partial: Path) -> None:
+    """Delete what a dead attempt left."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Make a complete export the content of its folder, where other files stay.
+
+    At every moment the folder holds a whole model or none: the file that
+    ``from_pretrained`` begins with is deleted first and arrives last.
+    """
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    earlier = directory.glob("model*.safetensors*")  # would be loaded before new shards
+    for file in sorted(earlier, key=is_first, reverse=True):
+        file.unlink()
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for file in sorted(files, key=is_first):
+        target = directory / file.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(file, target)  # the folder may be another disk's
+    shutil.rmtree(partial)
+
+
+def is_first(file: Path) -> bool:
+    """Whether ``from_pretrained`` looks for this file before all others."""
+    return file.name in ("model.safetensors", "model.safetensors.index.json")
+
+
 def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
     """Write a sharded model as ``save_pretrained`` would; every rank must call it."""
+    partial = partial_folder(directory)
+    if dist.get_rank() == 0:
+        clear(partial)
+    dist.barrier()
     hf = load_model_config(config)
     state = {
         name: tensor.to(hf.dtype or torch.float32)
         for name, tensor in own_state(model).items()
     }
     writer = HuggingFaceStorageWriter(
-        str(directory), save_distributed=True, enable_consolidation=True
+        str(partial), save_distributed=True, enable_consolidation=True
     )
     dcp.save(state, storage_writer=writer)
     if dist.get_rank() == 0:
-        shutil.rmtree(directory / "sharded")
-        export_config(config, directory)
+        shutil.rmtree(partial / "sharded")
+        export_config(config, partial)
+        publish(partial, directory)
     dist.barrier()
 
 
 def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
     """Write a full state dict as ``save_pretrained`` would; only one rank calls it."""
-    hf = load_model_config(config)
+    partial, hf = partial_folder(directory), load_model_config(config)
+    clear(partial)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)
     model.load_state_dict(
         {name: tensor.to(model.dtype) for name, tensor in state.items()}, assign=True
     )
     model.tie_weights()
-    model.save_pretrained(directory)
-    export_config(config, directory)
+    model.save_pretrained(partial)
+    export_config(config, partial)
+    publish(partial, directory)
 
 
 def export_config(config: TrainConfig, directory: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from tp2d_lib.model.guards import NonFiniteError
+
 MAX_SKIPPED = 20  # steps in a row; DeepSpeed's loss scaling needs about 16 to settle
 DRIFT = 1e-3  # relative; rounding differs where dp groups reduce in different orders
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, a gradient or a weight is infinite or not a number."""
 
 
 class DriftError(RuntimeError):

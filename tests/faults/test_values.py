@@ -1,0 +1,35 @@
+"""Names of runs and numbers that would fail later, and not in one sentence."""
+
+import pytest
+
+from tests.test_config import proposal, refuse, refuse_field
+from tp2d_lib import cli
+from tp2d_lib.config import ConfigError, TrainConfig
+
+
+@pytest.mark.parametrize(
+    "value", ["../x", "/tmp/x", ".x", "-x", "a/b", "a b", "ünï", "x" * 101, "x\n"]
+)
+def test_a_run_name_is_one_plain_folder(value):
+    rule = "must be printable" if value == "x\n" else "must begin with a letter or digi"
+    refuse_field(TrainConfig, "run_name", value, rule)
+    if value != "x\n":
+        with pytest.raises(ConfigError, match=r"^resume_from='.*try 'run-1'$"):
+            cli.read_config({"resume_from": value, "tp_size": 2})
+    assert TrainConfig(run_name="x" * 100).run_name
+    assert TrainConfig(run_name="Run_1.b-2").run_name
+
+
+@pytest.mark.parametrize(
+    "field", ["learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"]
+)
+def test_infinite(field):
+    message = refuse_field(TrainConfig, field, float("inf"), "must be")
+    TrainConfig(**{field: proposal(message)})
+
+
+def test_numbers_too_large_and_text_that_cannot_be_shown():
+    assert "must have at most 63" in refuse(TrainConfig, seed=10**5000)
+    assert "must have at most 63" in refuse(TrainConfig, learning_rate=2**63)
+    refuse_field(TrainConfig, "storage_path", "~\0", "must be printable text")
+    refuse(TrainConfig, tp_size=2**62 - 1)  # at once

@@ -1,0 +1,126 @@
+"""Rows on disk are what was written: compared with their checksums, or looked through.
+
+Files are read in pieces: rows of 100 GB take no more memory than rows of 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.integrity import entry
+from tp2d_lib.model import load_model_config
+
+FILES = ("input_ids.npy", "lengths.npy")
+CHECKSUMS = "rows.json"
+PIECE = 1 << 24  # tokens looked at together
+
+
+class DamageError(ValueError):
+    """What is wrong with rows on disk, to be put into a sentence."""
+
+
+def write_checksums(directory: Path) -> int:
+    """Record size and SHA-256 of both files, and the vocabulary they need; returns it.
+
+    It is the smallest that has all token ids.
+    """
+    files = {name: entry(directory / name) for name in FILES}
+    needed = highest_token(directory) + 1
+    content = {"vocabulary": needed, "files": files}
+    (directory / CHECKSUMS).write_text(json.dumps(content, indent=1))
+    return needed
+
+
+def vocabulary(directory: Path) -> int:
+    """The vocabulary that rows need, once their files have been compared.
+
+    Rows without checksums, written by others, are looked through instead.
+
+    Raises:
+        DamageError: a file has changed, or is none that ``data.prepare`` could write.
+    """
+    path = directory / CHECKSUMS
+    if not path.exists():
+        return highest_token(directory) + 1
+    try:
+        stored = json.loads(path.read_bytes())
+        needed, files = int(stored["vocabulary"]), dict(stored["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"{CHECKSUMS} has changed") from error
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise DamageError(f"{name} is missing")
+        if entry(directory / name) != files.get(name):
+            raise DamageError(f"{name} has changed")
+    return needed
+
+
+def highest_token(directory: Path) -> int:
+    """The highest token id; both files are looked through.
+
+    Raises:
+        DamageError: no row, a negative id, or lengths that do not fit the rows.
+    """
+    rows, lengths = open_rows(directory)
+    lowest, highest = bounds(lengths)
+    if lowest < 1 or highest > rows.shape[1]:
+        raise DamageError(f"lengths.npy holds lengths from {lowest} to {highest}")
+    lowest, highest = bounds(rows)
+    if lowest < 0:
+        raise DamageError(f"input_ids.npy holds the token id {lowest}")
+    return highest
+
+
+def open_rows(directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """``input_ids.npy`` (rows, seq_length) and ``lengths.npy`` (rows,), memory-mapped.
+
+    Raises:
+        DamageError: a file cannot be read, or the shapes do not fit.
+    """
+    rows, lengths = (open_array(directory / name) for name in FILES)
+    if rows.ndim != 2 or lengths.shape != rows.shape[:1] or not rows.size:
+        raise DamageError(f"the shapes are {rows.shape} and {lengths.shape}")
+    return rows, lengths
+
+
+def open_array(path: Path) -> np.ndarray:
+    """A file of integers, mapped into memory.
+
+    Raises:
+        DamageError: it is missing, shorter than its header says, or of another type.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header is parsed as Python: it can fail in any way
+        raise DamageError(
+            f"{path.name} cannot be read ({first_line(error)})"
+        ) from error
+    if array.dtype.kind not in "iu":
+        raise DamageError(f"{path.name} holds {array.dtype}, not integers")
+    return array
+
+
+def bounds(array: np.ndarray) -> tuple[int, int]:
+    step = max(PIECE // int(np.prod(array.shape[1:])), 1)
+    pieces = [array[start : start + step] for start in range(0, len(array), step)]
+    return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
+
+
+def check_vocabulary(config: TrainConfig, needed: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ConfigError: names the vocabulary, and the size that the rows need.
+    """
+    known = getattr(load_model_config(config), "vocab_size", None)
+    if known is not None and needed > known:
+        field = "prepared_data" if config.prepared_data else "model_name"
+        raise ConfigError(
+            f"{field}={getattr(config, field)!r} must yield token ids below {known}, "
+            f"the vocabulary of {config.model_name!r}, but yields {needed - 1}; try "
+            "the tokenizer that the model was saved with"
+        )
