@@ -36,8 +36,8 @@ def connect() -> None:
     """Join the running Ray cluster, or start one on this machine.
 
     ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
-    of your own beside a running one. A cluster started here lives no longer than the
-    run, so it gets no dashboard, which would open ports and take seconds to start.
+    of your own beside a running one. It has a dashboard, without which Ray Train does
+    not notice the death of its controller.
     """
     quiet()
     pickle_config_modules()
@@ -60,7 +60,7 @@ def connect() -> None:
                 return
             except ConnectionError:
                 pass  # no cluster is running
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", **options)
 
 
 def quiet() -> None:
