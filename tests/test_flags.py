@@ -68,6 +68,7 @@ SEEN_BY = {
     "async_checkpoint": "test_cli:test_death_while_writing_leaves_the_one_before",
     "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
     "max_failures": "test_cli:test_death_while_writing_leaves_the_one_before",
+    "hang_timeout": "faults/test_hangs:test_a_rank_that_is_stopped_is_replaced",
     "log_interval": "test_launch:test_same_name_goes_on_where_it_stopped",
     "report_to": "lessons/test_notebooks:test_what_a_command_leaves",
     "profile_steps": "lessons/test_notebooks:test_what_a_command_leaves",

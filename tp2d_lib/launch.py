@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 import tp2d_lib
 from tp2d_lib import attempts, checkpoint, data, evaluate
-from tp2d_lib.checkpoint import manifest, resume, storage
+from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.monitor import failures, progress, reporting, signals
+from tp2d_lib.monitor import failures, progress, reporting, signals, watchdog
 
 WORKER_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # to wait for a rank that never reports
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
+    **watchdog.NCCL_ENV,
 }
 
 
@@ -110,11 +112,12 @@ def run(
         Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
 
     Raises:
-        ConfigError, PlanError: before any worker starts.
+        ConfigError, PlanError: before any worker starts; a run of this name may live.
         Stopped: a signal ended the run early.
         CheckpointError: the run has checkpoints, but all are damaged.
         ray.train.TrainingFailedError: a worker failed more than ``max_failures`` times,
             or in a way that it would again.
+        Hang, LeaseLost: see ``attempts.fit``.
     """
     config = replace(config, device=pick_device(config))
     return train(train_func, prepare(check(config)))
@@ -124,21 +127,24 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """``run`` for a configuration that is already checked and prepared."""
     if result := finished(config):
         return result
+    with lease.hold(config) as held:
+        return train_alone(train_func, config, held)
+
+
+def train_alone(train_func, config: TrainConfig, held: lease.Lease):
+    """``train`` as the only process that writes into the run's folder."""
     connect()
     storage.append(config, "config.yaml", as_yaml(config))
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     status = "FAILED"
     try:
         with (
-            progress.Watcher(config.run_name) as watcher,
+            progress.Watcher(config) as watcher,
             signals.on_first_signal(watcher.stop_training) as caught,
         ):
-            result = attempts.fit(
-                lambda: build_trainer(train_func, config, callbacks),
-                config,
-                watcher,
-                caught,
-            )
+            held.on_loss(watcher.end_attempt)
+            trainer = partial(build_trainer, train_func, config, callbacks, held.holder)
+            result = attempts.fit(trainer, config, watcher, caught)
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
     finally:
@@ -149,11 +155,11 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     return result
 
 
-def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrainer:
+def build_trainer(train_func, config: TrainConfig, callbacks, holder) -> TorchTrainer:
     use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
     return TorchTrainer(
-        lambda: failures.on_rank(train_func, config),
+        lambda: failures.on_rank(train_func, config, holder),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,

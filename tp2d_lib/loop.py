@@ -43,14 +43,17 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             if saves or evaluates or step % config.log_interval == 0:
                 metrics.log(step, rate, loader.position)  # no step goes unlogged
             if evaluates:
+                driver.enter("evaluate", step)
                 metrics.log_eval(step, evaluate(engine, config))
             if saves:
+                driver.enter("save", step)
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history
                 checkpoint.commit(engine, state, config)
                 metrics.reset()  # exclude the time to save from the speed
             if stop:
                 break
+    driver.enter("end", step)
     metrics.close()
     if config.export_to and step == total:
         engine.export(config.export_to)

@@ -26,6 +26,7 @@ POSITIVE = {  # field -> a value that works
     "learning_rate": 1e-5,
     "max_grad_norm": 1.0,
     "save_total_limit": 2,
+    "hang_timeout": 600,
     "log_interval": 10,
 }
 NOT_NEGATIVE = (

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -70,9 +71,13 @@ def test_refused_while_the_first_lives(config, other):
 
 @pytest.mark.parametrize("cause", [ValueError, KeyboardInterrupt])
 def test_released_whatever_ends_it(config, cause):
-    with pytest.raises(cause), lease.hold(config):
-        assert lease.read(config)["pid"] == os.getpid()
-        raise cause
+    def fail():
+        with lease.hold(config):
+            assert lease.read(config)["pid"] == os.getpid()
+            raise cause
+
+    with pytest.raises(cause):
+        fail()
     assert lease.read(config) is None
     assert not any(path.suffix == ".tmp" for path in lease_folder(config))
 
@@ -110,6 +115,7 @@ def test_a_suspended_holder_loses_and_notices(config, other, monkeypatch):
         with pytest.raises(lease.LeaseLost, match="taken over by another process"):
             lease.check(config)  # they no longer may, though it sleeps
         other.send_signal(signal.SIGCONT)
+        assert select.select([other.stdout], [], [], 20)[0]
         assert "run_name='mine' was taken over" in other.stdout.readline()
         other.communicate()  # it ends, and leaves the lease alone
         assert held.is_mine()

@@ -13,7 +13,7 @@ import ray.train
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 
-from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint import lease, manifest, resume
 from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import take_written
@@ -32,6 +32,7 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
     """
+    lease.check(config)
     WRITING.acquire()  # until the one before is published: its turn to communicate
     partial = manifest.partial_folder(config, state["step"])
     partial.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
             files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(take_written(partial), files, group=group)
             if files is not None:
+                lease.check(config)  # again: writing may have taken long
                 (partial / STATE_FILE).write_text(text)
                 manifest.publish(partial, ChainMap(*files), about)
                 manifest.prune(config, about["step"])
