@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_released_whatever_ends_it(config, cause):
 
 
 def lease_folder(config):
-    return list(lease.Path(config.storage_path, config.run_name).iterdir())
+    return list(Path(config.storage_path, config.run_name).iterdir())
 
 
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(config, other):

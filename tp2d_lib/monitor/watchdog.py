@@ -13,12 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
-import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch._C._distributed_c10d import _dump_fr_trace
 
-from tp2d_lib.checkpoint import lease, storage
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.processes import started
 
 BEAT_S = 1.0
 DUMP_S = 3.0  # for the ranks that answer to write their traces
@@ -65,6 +63,8 @@ class Heart(threading.Thread):
     """A worker's sign of life: what it does, sent every second from a thread."""
 
     def __init__(self, actor, config: TrainConfig):
+        import ray.train  # here, and below: slow, the progress actor does not need it
+
         super().__init__(daemon=True)
         self.actor, self.config = actor, config
         self.rank = ray.train.get_context().get_world_rank()
@@ -76,7 +76,7 @@ class Heart(threading.Thread):
             "host": socket.gethostname(),
             "node": ray.get_runtime_context().get_node_id(),
             "pid": pid,
-            "started": lease.started(pid),
+            "started": started(pid),
         }
 
     def run(self) -> None:
@@ -92,12 +92,16 @@ class Heart(threading.Thread):
         return self.actor.beat.remote(self.rank, {**self.about, **now})
 
     def enter(self, phase: str, step: int) -> None:
-        """Say at once what begins, so that nothing less is known of a rank that stops."""
+        """Say at once what begins: the rank may stop before the next second."""
         self.phase, self.step = phase, step
         self.beat()
 
     def dump(self) -> None:
         """Write which collectives this rank began and finished; it then is killed."""
+        from torch._C._distributed_c10d import _dump_fr_trace
+
+        from tp2d_lib.checkpoint import storage
+
         trace = _dump_fr_trace()
         storage.write(self.config, f"{TRACES}/rank_{self.rank}", trace)
 
@@ -213,7 +217,7 @@ def groups(beats: dict[int, dict]) -> list[str]:
 @ray.remote(num_cpus=0, max_retries=0)
 def kill(processes: list[tuple[int, str | None]]) -> None:
     """End processes of this node; SIGKILL also ends one that was stopped."""
-    for pid, started in processes:
-        if lease.started(pid) == started:  # else it is gone, or another one
+    for pid, since in processes:
+        if started(pid) == since:  # else it is gone, or another one
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
