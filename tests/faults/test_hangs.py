@@ -16,7 +16,7 @@ from tp2d_lib.mesh import build_mesh
 from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
 
-RESTART = r"restart 1 of 3: hang: (.*); for the last collectives of each rank: (.*)"
+RESTART = r"restart 1 of 3: hang: (.*)"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,6 @@ def recovered(storage, name, fault, cluster, capsys) -> tuple[list, str]:
     assert found, out
     assert "resumed after step 4" in out
     traces = storage / name / watchdog.TRACES
-    assert found[2] == f"torchfrtrace {traces} -p rank_"
     seen = [path.stat().st_mtime - began for path in traces.iterdir()]
     with capsys.disabled():
         print(

@@ -156,7 +156,7 @@ class Watcher:
         if what and not self.ended:
             self.actor.dump.remote()
             time.sleep(watchdog.DUMP_S)
-            self.ended = watchdog.Hang(f"{what}; {watchdog.traces(self.config)}")
+            self.ended = watchdog.Hang(what + watchdog.traces(self.config))
         if self.ended:
             self.watchdog.kill(beats)
 

@@ -98,12 +98,13 @@ class Heart(threading.Thread):
 
     def dump(self) -> None:
         """Write which collectives this rank began and finished; it then is killed."""
-        from torch._C._distributed_c10d import _dump_fr_trace
+        from torch._C import _distributed_c10d as c10d
 
         from tp2d_lib.checkpoint import storage
 
-        trace = _dump_fr_trace()
-        storage.write(self.config, f"{TRACES}/rank_{self.rank}", trace)
+        # The former exists where NCCL does, the latter is Gloo's.
+        trace = getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)
+        storage.write(self.config, f"{TRACES}/rank_{self.rank}", trace())
 
     def stop(self) -> None:
         """Say, last of all, that nothing more is to be expected."""
@@ -114,8 +115,14 @@ class Heart(threading.Thread):
 
 
 def traces(config: TrainConfig) -> str:
+    """How to read the traces; PyTorch's tool knows only those of NCCL."""
+    if config.device != "cuda":
+        return ""
     folder = f"{config.storage_path}/{config.run_name}/{TRACES}"
-    return f"for the last collectives of each rank: torchfrtrace {folder} -p rank_"
+    return (
+        "; to see the last collectives of each rank that answered: "
+        f"torchfrtrace {folder} -p rank_ --allow-incomplete-ranks"
+    )
 
 
 def where(thread: int) -> str:
