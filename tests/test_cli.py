@@ -15,6 +15,14 @@ from tests.support import commands
 from tests.support.demo import train_without_ray
 from tp2d_lib import cli, fsdp, launch
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.flags import (
+    DEFAULTS,
+    FLAGS,
+    ONLY,
+    build_parser,
+    check_run_exists,
+    read_config,
+)
 from tp2d_lib.monitor import failures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,12 +37,12 @@ SAMPLES = {  # a flag's text and the value it must become, where one text does n
 
 
 def parse(engine, *argv):
-    return vars(cli.build_parser(engine, "").parse_args(argv))
+    return vars(build_parser(engine, "").parse_args(argv))
 
 
 @pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda f: f.name)
 def test_every_field_has_a_flag_that_carries_its_value(field):
-    flag = f"--{cli.FLAGS.get(field.name, field.name)}"
+    flag = f"--{FLAGS.get(field.name, field.name)}"
     engine = "fsdp" if field.metadata["help"].startswith("FSDP2: ") else "autotp"
     if isinstance(field.default, bool):
         assert parse(engine, flag) == {field.name: True}
@@ -50,15 +58,15 @@ def test_every_field_has_a_flag_that_carries_its_value(field):
 def test_each_command_has_its_engines_fields():
     helps = {f.name: f.metadata["help"] for f in fields(TrainConfig)}
     shared = {name for name, text in helps.items() if ": " not in text[:12]}
-    for engine, only in cli.ONLY.items():
+    for engine, only in ONLY.items():
         own = {name for name, text in helps.items() if text.startswith(only)}
-        flags = {action.dest for action in cli.build_parser(engine, "")._actions}
+        flags = {action.dest for action in build_parser(engine, "")._actions}
         assert flags & helps.keys() == shared | own
         assert {"autotp": "zero_stage", "fsdp": "autocast"}[engine] in own
 
 
 def test_published_defaults():
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | cli.DEFAULTS
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | DEFAULTS
     expected = {
         "model_name": "Qwen/Qwen2-7B",
         "dp_size": 1,
@@ -87,12 +95,12 @@ def test_demo_then_file_then_flags(tmp_path):
     file.write_text("tp_size: 2\nbatch_size: 2\nmax_steps: 7\nlearning_rate: 1.0e-3\n")
     store = ["--storage_path", str(tmp_path)]
     given = parse("fsdp", "--offline_demo", "--config", str(file), *store)
-    config = cli.read_config(given)
+    config = read_config(given)
     assert (config.tp_size, config.batch_size_per_gpu, config.max_steps) == (2, 2, 7)
     assert (config.seq_length, config.device) == (128, "cpu")  # the demo's
     flags = ["--max_steps", "9", "--seq_length", "64", "--no-pack"]
     given = parse("fsdp", "--offline_demo", "--config", str(file), *store, *flags)
-    config = cli.read_config(given)
+    config = read_config(given)
     assert (config.max_steps, config.seq_length, config.pack) == (9, 64, False)
 
 
@@ -131,10 +139,10 @@ def test_unknown_names_are_met_with_known_ones(tmp_path, demo_paths):
     file = tmp_path / "run.yaml"
     file.write_text("tp_sise: 2\n")
     with pytest.raises(ConfigError, match=r"'tp_sise' in config=.* try 'tp_size'"):
-        cli.read_config({"config": str(file)})
+        read_config({"config": str(file)})
     (tmp_path / "first" / "checkpoint-000002").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"resume_from='frist' .* try first"):
-        cli.check_run_exists(replace(config, run_name="frist"))
+        check_run_exists(replace(config, run_name="frist"))
 
 
 def test_the_first_failure_is_told():
@@ -153,7 +161,7 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     """By Ctrl-C, which reaches all of its terminal; then the command it prints."""
     flags = ["--max_steps", "24", "--run_name", "cut", "--async_checkpoint"]
     given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
-    config = cli.read_config(given | {"storage_path": str(tmp_path)})
+    config = read_config(given | {"storage_path": str(tmp_path)})
     config = launch.prepare(fsdp.check(config))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools(2).run(train_without_ray, "fsdp", config, str(whole))

@@ -65,9 +65,12 @@ SEEN_BY = {
     "resume_from_checkpoint": "lessons/test_notebooks:test_another_mesh_and_export",
     "eval_every": "lessons/test_notebooks:test_what_a_command_leaves",
     "checkpoint_every": "test_launch:test_same_name_goes_on_where_it_stopped",
-    "async_checkpoint": "test_cli:test_death_while_writing_leaves_the_one_before",
+    "async_checkpoint": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
     "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
     "max_failures": "test_cli:test_death_while_writing_leaves_the_one_before",
+    "nonfinite": "monitor/test_health:"
+    "test_a_step_that_is_not_finite_stops_or_is_skipped",
+    "hang_timeout": "faults/test_hangs:test_a_rank_that_is_stopped_is_replaced",
     "log_interval": "test_launch:test_same_name_goes_on_where_it_stopped",
     "report_to": "lessons/test_notebooks:test_what_a_command_leaves",
     "profile_steps": "lessons/test_notebooks:test_what_a_command_leaves",

@@ -10,13 +10,20 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from tp2d_lib.checkpoint import manifest, storage
+from tp2d_lib.checkpoint import lease, manifest, storage
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.errors import UserError
 from tp2d_lib.monitor import failures
 from tp2d_lib.monitor.progress import Watcher
+from tp2d_lib.monitor.watchdog import Hang
+from tp2d_lib.validation import UserError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's own list, which may be damaged
+FAILED = (
+    ray.train.TrainingFailedError,
+    ray.exceptions.RayError,
+    Hang,
+    lease.LeaseLost,
+)
 
 
 class Failed(UserError, RuntimeError):
@@ -36,41 +43,41 @@ def fit(
     """Run attempts until one succeeds; each begins at the newest good checkpoint.
 
     An attempt is repeated, up to ``max_failures`` times, if it may end differently: a
-    process died, or steps were gained before an exception. Ray itself would repeat all.
+    process died or hung, or steps were gained before an exception. Ray itself would
+    repeat all.
 
     Args:
         caught: the name of a signal, once one has been received; then nothing restarts.
 
     Raises:
-        Failed: the last attempt did.
+        Failed: the last attempt did, or hung, or another process took over the run.
     """
     furthest, without_gain = 0, 0
     for restart in range(1, config.max_failures + 2):
         manifest.remove_leftovers(config)
         storage.remove(config, SNAPSHOT)
-        try:
-            return wait_for(build_trainer())
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            reached = watcher.furthest_step()
-            without_gain = 0 if reached > furthest else without_gain + 1
-            furthest = max(furthest, reached)
-            allowed = 0 if failures.raised(error) else 1
-            reason = failures.first(error)
-            if (
-                restart > config.max_failures
-                or caught
-                or failures.is_permanent(error)
-                or without_gain > allowed
-            ):
-                raise Failed(reason) from error
-            watcher.begin_attempt()
-            watcher.show(
-                f"restart {restart} of {config.max_failures}: {reason}", done=True
-            )
+        attempt = outcome(build_trainer())
+        if not isinstance(attempt.exception(), FAILED):
+            return attempt.result()
+        error = watcher.why_ended() or attempt.exception()
+        reached = watcher.furthest_step()
+        without_gain = 0 if reached > furthest else without_gain + 1
+        furthest = max(furthest, reached)
+        allowed = 0 if failures.raised(error) else 1
+        reason = failures.first(error)
+        if (
+            restart > config.max_failures
+            or caught
+            or failures.is_permanent(error)
+            or without_gain > allowed
+        ):
+            raise Failed(reason) from error
+        watcher.begin_attempt()
+        watcher.show(f"restart {restart} of {config.max_failures}: {reason}", done=True)
     raise AssertionError("the last attempt returns or raises")
 
 
-def wait_for(trainer: TorchTrainer) -> ray.train.Result:
+def outcome(trainer: TorchTrainer) -> Future:
     """Fit in a thread: in the main one Ray handles Ctrl-C and abandons the run."""
     future: Future = Future()
 
@@ -81,4 +88,4 @@ def wait_for(trainer: TorchTrainer) -> ray.train.Result:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result()
+    return future

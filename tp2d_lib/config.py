@@ -154,6 +154,11 @@ class TrainConfig:
     )
     save_total_limit: int = setting(2, "checkpoints to keep")
     max_failures: int = setting(3, "restarts allowed after losing a worker")
+    hang_timeout: int | None = setting(
+        None,
+        "seconds without a word from a rank, or without a step, before the attempt is "
+        "ended; if omitted, five times the slowest step seen, at least two minutes",
+    )
     log_interval: int = setting(10, "steps between log lines")
     report_to: str | None = setting(
         None, "log there as well; TensorBoard logs are always written", ("mlflow",)

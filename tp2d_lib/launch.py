@@ -2,84 +2,25 @@
 
 from __future__ import annotations
 
-import copyreg
-import logging
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 
 import ray
 import ray.train
-import transformers
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
-import tp2d_lib
-from tp2d_lib import attempts, checkpoint, data, evaluate
+from tp2d_lib import attempts, checkpoint, cluster, data, evaluate
 from tp2d_lib.attempts import Failed, Stopped
-from tp2d_lib.checkpoint import manifest, resume, storage
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.checkpoint import lease, manifest, resume, storage
+from tp2d_lib.cluster import connect, pick_device, quiet
+from tp2d_lib.config import TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
 
-WORKER_ENV = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # to wait for a rank that never reports
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
-}
-
-
-def connect() -> None:
-    """Join the running Ray cluster, or start one on this machine.
-
-    ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
-    of your own beside a running one. It has a dashboard, without which Ray Train does
-    not notice the death of its controller.
-    """
-    quiet()
-    pickle_config_modules()
-    if ray.is_initialized():
-        return
-    for name, value in WORKER_ENV.items():
-        os.environ.setdefault(name, value)
-    options = {
-        "runtime_env": {
-            "py_modules": [tp2d_lib],
-            "env_vars": {name: os.environ[name] for name in WORKER_ENV},
-        },
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-    }
-    with signals.handlers_kept():
-        if os.environ.get("RAY_ADDRESS") != "local":
-            try:
-                ray.init(address="auto", **options)
-                return
-            except ConnectionError:
-                pass  # no cluster is running
-        ray.init(address="local", **options)
-
-
-def quiet() -> None:
-    """Turn off the libraries' progress bars, which would fill the page."""
-    import datasets  # here: slow, workers do not need it
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-
-
-def pickle_config_modules() -> None:
-    """Let notebook functions that use both ``dist`` and ``.config`` be sent by value.
-
-    cloudpickle mistakes the pair for ``torch.distributed.config``, one of PyTorch's
-    configuration modules, which cannot be pickled; pickle them as imports instead.
-    """
-    for module in list(sys.modules.values()):
-        if type(module).__name__ == "ConfigModuleInstance":
-            copyreg.pickle(type(module), lambda m: (import_module, (m.__name__,)))
+__all__ = ["as_yaml", "connect", "pick_device", "prepare", "quiet", "run", "train"]
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -108,9 +49,9 @@ def run(
         Ray Train's Result: ``checkpoint``, ``path``, ``metrics``.
 
     Raises:
-        ConfigError, PlanError: before any worker starts.
-        Stopped: a signal ended the run early; the message names the last checkpoint.
+        ConfigError, PlanError: before any worker starts; a run of this name may live.
         CheckpointError: the run has checkpoints, but all are damaged.
+        Stopped: a signal ended the run early; the message names the last checkpoint.
         Failed: a worker failed more than ``max_failures`` times, or as it would again.
     """
     config = replace(config, device=pick_device(config))
@@ -129,21 +70,24 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """
     if result := finished(config):
         return result
+    with lease.hold(config) as held:
+        return train_alone(train_func, config, held)
+
+
+def train_alone(train_func, config: TrainConfig, held: lease.Lease):
+    """``train`` as the only process that writes into the run's folder."""
     connect()
     storage.append(config, "config.yaml", as_yaml(config))
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     status = "FAILED"
     try:
         with (
-            progress.Watcher(config.run_name) as watcher,
+            progress.Watcher(config) as watcher,
             signals.on_first_signal(watcher.stop_training) as caught,
         ):
-            result = attempts.fit(
-                lambda: build_trainer(train_func, config, callbacks),
-                config,
-                watcher,
-                caught,
-            )
+            held.on_loss(watcher.end_attempt)
+            trainer = partial(build_trainer, train_func, config, callbacks, held.holder)
+            result = attempts.fit(trainer, config, watcher, caught)
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
     except KeyboardInterrupt as error:
@@ -162,11 +106,12 @@ def saved(config: TrainConfig) -> str:
     return f"last checkpoint: {last}" if last else "no checkpoint was written yet"
 
 
-def build_trainer(train_func, config: TrainConfig, callbacks: list) -> TorchTrainer:
+def build_trainer(train_func, config: TrainConfig, callbacks, holder) -> TorchTrainer:
+    cluster.free_workers()
     use_gpu = config.device == "cuda"
     cpus = ray.cluster_resources().get("CPU", 1)
     return TorchTrainer(
-        lambda: failures.on_rank(train_func, config),
+        lambda: failures.on_rank(train_func, config, holder),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
@@ -224,32 +169,3 @@ def prepare(config: TrainConfig) -> TrainConfig:
     if stored and (changed := resume.changes(stored, config)):
         print(changed)
     return config
-
-
-def pick_device(config: TrainConfig) -> str:
-    """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
-
-    Raises:
-        ConfigError: there are too few GPUs.
-    """
-    if config.device == "cpu":
-        return "cpu"
-    connect()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "auto" and gpus == 0:
-        return "cpu"
-    if gpus < config.num_workers:
-        fits = f"tp_size and dp_size whose product is at most {gpus}, or " * (gpus > 0)
-        raise ConfigError(
-            f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
-            f"GPUs; try {fits}device='cpu'"
-        )
-    for node in ray.nodes():
-        here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
-        if here % config.tp_size:
-            print(
-                f"Note: node {node['NodeManagerHostname']} has {here} GPUs, not a "
-                f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
-                "where every layer waits for the network."
-            )
-    return "cuda"

@@ -43,8 +43,10 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             if saves or evaluates or step % config.log_interval == 0:
                 metrics.log(step, rate, loader)  # no step goes unlogged
             if evaluates:
+                driver.enter("evaluate", step)
                 metrics.log_eval(step, evaluate(engine, config))
             if saves:
+                driver.enter("save", step)
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history
                 health.check_weights(engine, step)
@@ -52,6 +54,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
                 metrics.reset()  # exclude the time to save from the speed
             if stop:
                 break
+    driver.enter("end", step)
     metrics.close()
     if config.export_to and step == total:
         engine.export(config.export_to)

@@ -10,7 +10,12 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
 
-from tp2d_lib.errors import UserError
+
+class UserError(Exception):
+    """Shown in a notebook as one sentence, as on the command line: no traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(UserError, ValueError):
@@ -30,6 +35,7 @@ POSITIVE = {  # field -> a value that works
     "learning_rate": 1e-5,
     "max_grad_norm": 1.0,
     "save_total_limit": 2,
+    "hang_timeout": 600,
     "log_interval": 10,
 }
 NOT_NEGATIVE = (

@@ -15,21 +15,27 @@ fsdp/: DTensor inside FSDP2
 -
 autotp/: DeepSpeed AutoTP + ZeRO
 
+flags.py: flags to TrainConfig
 launch.py: Ray starts the workers
-loop.py: one loop for both engines
-preflight.py: checks before any worker starts
+loop.py: the loop of both
+preflight.py: checks in the driver
 
-monitor/: metrics, progress, traces
+attempts.py: restarts what can succeed
+cluster.py: joins or starts Ray
+
+monitor/: metrics, progress, health
 evaluate.py: the validation loss
 presets.py: demo or real run
 
+checkpoint/: write, verify, restore
 data/: documents to batches
 model/: a Hugging Face decoder
-checkpoint/: write, verify, restore
 
-config.py: TrainConfig: values only
-mesh.py: the (dp, tp) device mesh
-validation.py: which values are allowed"""
+config.py: values only
+mesh.py: (dp, tp) ranks
+validation.py: their rules
+integrity.py: file digests
+processes.py: who lives"""
 
 LEFT, TOP, WIDTH, HEIGHT = 54, 76, 686, 64  # of the first band
 STEP, APART, PAD = 76, 56, 8
@@ -48,14 +54,15 @@ def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -
 
 
 def house() -> Figure:
-    """The package in seven layers: imports run downward only
+    """The package in eight layers: imports run downward only
 
-    Seven layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
-    between them because they never import each other; launch, loop and preflight;
-    monitor, evaluate and presets; data, model and checkpoint; config, mesh and
-    validation. An arrow labelled imports points down the left side.
+    Eight layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
+    between them because they never import each other; flags, launch, loop and
+    preflight; attempts and cluster; monitor, evaluate and presets; checkpoint, data and
+    model; config, mesh, validation, integrity and processes. An arrow labelled imports
+    points down the left side.
     """
-    fig = Figure(760, 666, house.__doc__)
+    fig = Figure(760, 742, house.__doc__)
     layers = LAYERS.split("\n\n")
     for i, layer in enumerate(layers):
         sides = layer.split("\n-\n")
@@ -67,6 +74,6 @@ def house() -> Figure:
     fig.text(20, TOP - 14, "imports", look="left small")
     fig.arrow(34, TOP, 34, bottom - 8)
     engines = "fsdp/ and autotp/ never import each other: either can be read alone."
-    beside = "Within a layer, only config.py imports a neighbour: validation.py."
+    beside = "Within a layer, a module may import from those on its right."
     fig.text(LEFT, bottom + 34, engines, beside, look="left small")
     return fig

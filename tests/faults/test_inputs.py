@@ -25,6 +25,7 @@ from tp2d_lib import cli, data, fsdp, launch, presets
 from tp2d_lib.autotp import rules
 from tp2d_lib.checkpoint import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.flags import FLAGS
 from tp2d_lib.lessons import notebook
 from tp2d_lib.model import PlanError
 
@@ -114,7 +115,7 @@ def command(engine: str, argv: list[str]) -> None:
     assert all(line.startswith("error: ") for line in lines)
 
 
-FLAGS = {f.name: f"--{cli.FLAGS.get(f.name, f.name)}" for f in fields(TrainConfig)}
+FLAGS = {f.name: f"--{FLAGS.get(f.name, f.name)}" for f in fields(TrainConfig)}
 ENGINES = st.sampled_from(["fsdp", "autotp"])
 
 

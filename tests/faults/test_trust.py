@@ -24,11 +24,12 @@ from tests.support.evil import (
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of
 from tests.support.rules import rules
-from tp2d_lib import autotp, cli, data
+from tp2d_lib import autotp, data
 from tp2d_lib import model as models
 from tp2d_lib.autotp import rules as partition_rules
 from tp2d_lib.checkpoint import CheckpointError, plain
 from tp2d_lib.config import ConfigError
+from tp2d_lib.flags import read_config
 from tp2d_lib.fsdp.files import MetadataUnpickler
 from tp2d_lib.model import weights
 
@@ -253,7 +254,7 @@ def test_yaml_tags_are_refused(tag, tmp_path):
     file, marker = tmp_path / "run.yaml", tmp_path / "marker"
     file.write_text(f"tp_size: !!python/object/{tag} ['touch {marker}']\n")
     with pytest.raises(ConfigError, match=r"^config=.* must be a YAML file"):
-        cli.read_config({"config": str(file)})
+        read_config({"config": str(file)})
     assert not marker.exists()
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.test_config import proposal, refuse, refuse_field
-from tp2d_lib import cli
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.flags import read_config
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ def test_a_run_name_is_one_plain_folder(value):
     refuse_field(TrainConfig, "run_name", value, rule)
     if value != "x\n":
         with pytest.raises(ConfigError, match=r"^resume_from='.*try 'run-1'$"):
-            cli.read_config({"resume_from": value, "tp_size": 2})
+            read_config({"resume_from": value, "tp_size": 2})
     assert TrainConfig(run_name="x" * 100).run_name
     assert TrainConfig(run_name="Run_1.b-2").run_name
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from scripts import run_notebooks, sync_notebooks
 from tests.support.demo import train_without_ray
-from tp2d_lib import cli
 from tp2d_lib.config import ConfigError
+from tp2d_lib.flags import read_config
 from tp2d_lib.lessons import notebook
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,7 +332,7 @@ def test_a_loop_without_ray_gives_the_same_losses(execute, pools, tmp_path):
     """The configuration that the run kept, on forked ranks; the command equals that
     loop too: tests/test_cli.py."""
     run = kept_by(FSDP, execute)
-    config = cli.read_config({"config": str(run / "config.yaml")})
+    config = read_config({"config": str(run / "config.yaml")})
     trained = pools(4).run(train_without_ray, "fsdp", config, str(tmp_path))
     assert len(trained[0]) == 40
     assert trained == [figures(run)] * 4

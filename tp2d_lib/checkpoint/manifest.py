@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.errors import UserError
 from tp2d_lib.integrity import digest, entry
+from tp2d_lib.validation import UserError
 
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"

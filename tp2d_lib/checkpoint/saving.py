@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint import lease, manifest, resume
 from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import take_written
@@ -33,6 +33,7 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
         What every rank must call to complete the checkpoint, in a thread if it likes;
         it returns the folder, which is complete when it has returned on rank 0.
     """
+    lease.check(config)
     WRITING.acquire()  # until the one before is complete: its turn to communicate
     partial = manifest.partial_folder(config, state["step"])
     partial.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,7 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
             files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(take_written(partial), files, group=group)
             if files is not None:
+                lease.check(config)  # again: writing may have taken long
                 (partial / STATE_FILE).write_text(text)
                 manifest.publish(partial, ChainMap(*files), about)
                 manifest.prune(config, about["step"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from uuid import uuid4
 
 from pyarrow.fs import FileSystem
 
@@ -46,10 +47,11 @@ def write(config: TrainConfig, name: str, content: bytes) -> None:
     files, storage = FileSystem.from_uri(config.storage_path)
     path = f"{storage}/{config.run_name}/{name}"
     files.create_dir(str(Path(path).parent))
+    partial = f"{path}.{uuid4().hex}.tmp"  # two may write one lease at the same time
     # By default, Arrow would compress a .gz file a second time.
-    with files.open_output_stream(f"{path}.tmp", compression=None) as file:
+    with files.open_output_stream(partial, compression=None) as file:
         file.write(content)
-    files.move(f"{path}.tmp", path)  # as a whole: a reader never sees half of it
+    files.move(partial, path)  # as a whole: a reader never sees half of it
 
 
 def check(config: TrainConfig) -> None:

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.errors import UserError
 from tp2d_lib.model.architecture import device_type, load_model_config
+from tp2d_lib.validation import UserError
 
 
 class PlanError(UserError, ValueError):

@@ -7,13 +7,16 @@ import socket
 import time
 from collections.abc import Callable
 
+from tp2d_lib.checkpoint import lease
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.monitor.watchdog import Hang, beating
 
 PERMANENT = (
     "CheckpointError",
     "ConfigError",
     "GatedRepoError",
     "ImportError",
+    "LeaseLost",
     "ModuleNotFoundError",
     "NonFiniteError",
     "PlanError",
@@ -25,10 +28,18 @@ class RankFailed(RuntimeError):
     """What a rank raised, in one line: when, on which host, what."""
 
 
-def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> None:
-    """Run on one worker; failures carry a time, so that the driver finds the first."""
+def on_rank(
+    train_func: Callable[[TrainConfig], None], config: TrainConfig, holder: str
+) -> None:
+    """Run on one worker; failures carry a time, so that the driver finds the first.
+
+    Args:
+        holder: of the lease under which this worker may write.
+    """
+    lease.holder = holder
     try:
-        train_func(config)
+        with beating(config):
+            train_func(config)
     except Exception as error:
         sentence = (str(error).strip().splitlines() or [""])[0]
         host = socket.gethostname()
@@ -39,6 +50,8 @@ def on_rank(train_func: Callable[[TrainConfig], None], config: TrainConfig) -> N
 
 def first(error: Exception) -> str:
     """The rank that failed first; others often fail only because it is gone."""
+    if isinstance(error, Hang):
+        return f"hang: {error}"
     failures = []
     for rank, failure in getattr(error, "worker_failures", {}).items():
         if found := report_of(failure):
@@ -66,4 +79,4 @@ def raised(error: Exception) -> bool:
 
 def is_permanent(error: Exception) -> bool:
     """Whether the first failure is of a kind that every attempt would meet again."""
-    return any(f": {kind}: " in first(error) for kind in PERMANENT)
+    return any(f": {kind}: " in f": {first(error)}" for kind in PERMANENT)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import ray
+
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.monitor import watchdog
 
 
 class ProgressActor:
@@ -17,6 +21,9 @@ class ProgressActor:
         self.records: list[dict] = []
         self.last_begun = self.furthest = 0
         self.stop_after: int | None = None
+        self.beats: dict[int, dict] = {}  # rank -> its last sign of life
+        self.gone: set[tuple] = set()  # processes of earlier attempts
+        self.dumping = False
 
     def add(self, record: dict) -> None:
         self.records.append(record)
@@ -31,7 +38,22 @@ class ProgressActor:
 
     def begin_attempt(self) -> None:
         """The workers begin again, at an earlier step than the last one begun."""
-        self.last_begun = 0
+        self.last_begun, self.dumping = 0, False
+        self.gone |= {(beat["host"], beat["pid"]) for beat in self.beats.values()}
+        self.beats = {}
+
+    def beat(self, rank: int, beat: dict) -> bool:
+        """Keep a rank's sign of life; returns whether it shall write a trace."""
+        if (beat["host"], beat["pid"]) not in self.gone:  # else it was on its way
+            self.beats[rank] = beat
+        return self.dumping
+
+    def last_beats(self) -> dict[int, dict]:
+        return self.beats
+
+    def dump(self) -> None:
+        """Have every rank that still answers write a trace of its collectives."""
+        self.dumping = True
 
     def furthest_step(self) -> int:
         return self.furthest
@@ -43,10 +65,6 @@ class ProgressActor:
         return self.stop_after is not None and step >= self.stop_after
 
 
-def actor_name(run_name: str | None) -> str:
-    return f"tp2d-progress-{run_name}"
-
-
 class WorkerProgress:
     """A worker's end of the progress actor; does nothing when there is none."""
 
@@ -55,8 +73,9 @@ class WorkerProgress:
 
         self.publishes = dist.get_rank() == 0
         self.answer = None
+        self.stepped = False
         try:
-            self.actor = ray.get_actor(actor_name(run_name))
+            self.actor = ray.get_actor(watchdog.actor_name(run_name))
         except ValueError:  # no driver is watching
             self.actor = None
 
@@ -70,22 +89,33 @@ class WorkerProgress:
 
     def begin(self, step: int) -> None:
         """Query early whether this step is the last, because the reply takes time."""
+        # The first one may compile, which takes long and is no hang.
+        self.enter(watchdog.STEP if self.stepped else "first step", step)
+        self.stepped = True
         if self.actor:
             self.answer = self.actor.is_last.remote(step)
+
+    def enter(self, phase: str, step: int) -> None:
+        """Say what comes next; until the next ``begin`` no step is awaited."""
+        if watchdog.heart:
+            watchdog.heart.enter(phase, step)
 
     def should_stop(self) -> bool:
         return self.actor is not None and ray.get(self.answer)
 
 
 class Watcher:
-    """Shows a run's progress while the driver waits: ``with Watcher(name): fit()``."""
+    """Shows a run's progress and ends an attempt that hangs, while the driver waits."""
 
-    def __init__(self, run_name: str):
+    def __init__(self, config: TrainConfig):
         actor = ray.remote(num_cpus=0)(ProgressActor)
-        self.actor = actor.options(name=actor_name(run_name)).remote()
+        self.actor = actor.options(name=watchdog.actor_name(config.run_name)).remote()
         self.show = display_in_notebook() or display_on_terminal()
         self.records: list[dict] = []
         self.total = 0
+        self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
+        self.ended: Exception | None = None
+        self.guarding = threading.Lock()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
@@ -108,8 +138,32 @@ class Watcher:
             done=True,
         )
 
+    def end_attempt(self, why: Exception) -> None:
+        """Kill the workers, now or when they first answer; nothing more is saved."""
+        self.ended = why
+
+    def why_ended(self) -> Exception | None:
+        """Why this driver ended the attempt, if it did."""
+        with self.guarding:
+            return self.ended
+
     def begin_attempt(self) -> None:
-        ray.get(self.actor.begin_attempt.remote())
+        with self.guarding:
+            ray.get(self.actor.begin_attempt.remote())
+            self.watchdog.begin_attempt()
+            if isinstance(self.ended, watchdog.Hang):
+                self.ended = None
+
+    def guard(self) -> None:
+        """Find a hang, have the ranks that answer write traces, kill all."""
+        beats = ray.get(self.actor.last_beats.remote())
+        what = self.watchdog.judge(beats, time.monotonic())
+        if what and not self.ended:
+            self.actor.dump.remote()
+            time.sleep(watchdog.DUMP_S)
+            self.ended = watchdog.Hang(what + watchdog.traces(self.config))
+        if self.ended:
+            self.watchdog.kill(beats)
 
     def furthest_step(self) -> int:
         """The furthest step that any attempt of this run has begun."""
@@ -118,6 +172,8 @@ class Watcher:
     def watch(self) -> None:
         while not self.done.wait(0.5):
             self.poll()
+            with self.guarding:
+                self.guard()
 
     def poll(self) -> None:
         for record in ray.get(self.actor.since.remote(len(self.records))):

@@ -1,0 +1,53 @@
+"""A run that another process took over, because its driver seemed to be dead."""
+
+import json
+import time
+
+import pytest
+import ray
+
+from tp2d_lib import checkpoint, fsdp, launch, loop
+from tp2d_lib.checkpoint import lease, storage
+from tp2d_lib.data import build_dataloader
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.monitor import failures
+from tp2d_lib.presets import build_config
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    yield
+    ray.shutdown()
+
+
+def loses_its_lease(config):
+    """At step 3, after a checkpoint; a run named "slow" then computes for long."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    compute = engine.step
+
+    def step(batch):
+        if loader.step == 3:
+            other = lease.read(config) | {"holder": "another"}
+            storage.write(config, lease.LEASE, json.dumps(other).encode())
+            time.sleep(1000 * (config.run_name == "slow"))
+        return compute(batch)
+
+    engine.step = step
+    loop.run(engine, loader, config)
+
+
+@pytest.mark.parametrize("name", ["slow", "quick"])
+def test_it_ends_without_another_checkpoint(cluster, tmp_path, name):
+    """The driver finds out and kills a slow one; a quick one finds out as it saves."""
+    settings = {"max_steps": 8, "checkpoint_every": 2, "run_name": name}
+    config = build_config("demo", str(tmp_path), device="cpu", **settings)
+    with pytest.raises((lease.LeaseLost, ray.train.TrainingFailedError)) as caught:
+        launch.run(loses_its_lease, config, fsdp.check)
+    assert (caught.type is lease.LeaseLost) or name == "quick"
+    assert f"LeaseLost: run_name='{name}' was taken over" in failures.first(
+        caught.value
+    )
+    assert checkpoint.last_of(config).endswith("checkpoint-000002")
+    assert lease.read(config)["holder"] == "another"  # and the lease is left alone

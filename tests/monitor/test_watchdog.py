@@ -1,0 +1,93 @@
+"""What counts as a hang, on a clock of our own."""
+
+import pytest
+
+from tp2d_lib.monitor.watchdog import Watchdog
+
+
+class Ranks:
+    """Four ranks that send a sign of life every second, unless told otherwise."""
+
+    def __init__(self, timeout=None):
+        self.watchdog, self.now = Watchdog(timeout), 0
+        self.beats = {}
+        for rank in range(4):
+            self.beats[rank] = {"count": 0, "host": f"node{rank // 2}"}
+            self.set(rank, step=1, phase="step", where="all_reduce (c10d.py:1)")
+
+    def set(self, rank, **values):
+        self.beats[rank] |= values
+
+    def all(self, **values):
+        for rank in self.beats:
+            self.set(rank, **values)
+
+    def wait(self, seconds, silent=()):
+        """What is said first within these seconds, and when."""
+        for _ in range(seconds):
+            self.now += 1
+            for rank in self.beats.keys() - set(silent):
+                self.beats[rank]["count"] += 1
+            if said := self.watchdog.judge(self.beats, self.now):
+                return said
+        return None
+
+    def walk(self, steps, seconds):
+        for step in range(1, steps + 1):
+            self.all(step=step, phase="step")
+            assert self.wait(seconds) is None
+
+
+def test_a_rank_that_falls_silent_is_named():
+    ranks = Ranks(timeout=10)
+    ranks.walk(17, seconds=1)
+    said = ranks.wait(20, silent=[3])
+    assert said == "rank 3 on host node1 has said nothing since step 17 (11 s)"
+
+
+def test_ranks_behind_the_furthest_step_come_first():
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    for rank in (0, 1, 3):
+        ranks.set(rank, step=4)
+    ranks.set(2, where="read (store.py:5)")
+    assert ranks.wait(20) == (
+        "no rank has finished a step for 11 s: rank 2 on host node1 at step 3 in "
+        "read (store.py:5); ranks 0, 1, 3 on host node0 at step 4 in "
+        "all_reduce (c10d.py:1)"
+    )
+
+
+def test_the_default_grows_with_the_slowest_step():
+    ranks = Ranks()
+    ranks.walk(3, seconds=10)
+    assert ranks.wait(100) is None
+    assert "for 121 s" in ranks.wait(100)
+    slow = Ranks()
+    slow.walk(3, seconds=60)
+    assert slow.wait(230) is None
+    assert "for 301 s" in slow.wait(100)
+
+
+@pytest.mark.parametrize("phase", ["load", "first step", "evaluate", "save", "end"])
+def test_other_phases_take_as_long_as_they_take(phase):
+    """Even if only one rank is in it; but silence ends after ten minutes."""
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    ranks.set(0, phase=phase)
+    assert ranks.wait(3600) is None
+    ranks.all(phase=phase)
+    assert ranks.wait(3600) is None
+    assert ranks.wait(590, silent=[0]) is None
+    assert ranks.wait(20, silent=[0]).startswith("rank 0 on host node0 has said")
+    ranks.set(0, phase="done")
+    assert ranks.wait(3600, silent=[0]) is None
+
+
+def test_time_in_which_all_slept_does_not_count():
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    ranks.now += 1000
+    assert ranks.wait(2, silent=range(4)) is None  # they wake up as well
+    ranks.walk(4, seconds=3)
+    assert ranks.wait(12, silent=[1]).startswith("rank 1 on host node0")

@@ -1,0 +1,125 @@
+"""The Ray cluster that a run uses: joined if one is running, else one of our own."""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+import os
+import sys
+from importlib import import_module
+
+import ray
+import transformers
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
+
+import tp2d_lib
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.monitor import signals, watchdog
+
+WORKER_ENV = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # to wait for a rank that never reports
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
+    **watchdog.NCCL_ENV,
+}
+own = False  # whether this process started the cluster
+
+
+def connect() -> None:
+    """Join the running Ray cluster, or start one on this machine.
+
+    ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
+    of your own beside a running one. It lives no longer than this process, so it gets
+    no dashboard, which would open ports and take seconds to start.
+    """
+    global own
+    quiet()
+    pickle_config_modules()
+    if ray.is_initialized():
+        return
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)
+    options = {
+        "runtime_env": {
+            "py_modules": [tp2d_lib],
+            "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+        },
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+    }
+    with signals.handlers_kept():
+        if os.environ.get("RAY_ADDRESS") != "local":
+            try:
+                ray.init(address="auto", **options)
+                return
+            except ConnectionError:
+                pass  # no cluster is running
+        ray.init(address="local", include_dashboard=False, **options)
+        own = True
+
+
+def quiet() -> None:
+    """Turn off the libraries' progress bars, which would fill the page."""
+    import datasets  # here: slow, workers do not need it
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+def pickle_config_modules() -> None:
+    """Let notebook functions that use both ``dist`` and ``.config`` be sent by value.
+
+    cloudpickle mistakes the pair for ``torch.distributed.config``, one of PyTorch's
+    configuration modules, which cannot be pickled; pickle them as imports instead.
+    """
+    for module in list(sys.modules.values()):
+        if type(module).__name__ == "ConfigModuleInstance":
+            copyreg.pickle(type(module), lambda m: (import_module, (m.__name__,)))
+
+
+def free_workers() -> None:
+    """In a cluster of our own, release what a dead controller of Ray Train still holds.
+
+    Ray's own cleaner asks the dashboard, and fails where several clusters run on one
+    machine. In a cluster that we joined, workers may be others': it must do there.
+    """
+    if not own:
+        return
+    for number, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(
+                PlacementGroup(ray.PlacementGroupID.from_hex(number))
+            )
+
+
+def pick_device(config: TrainConfig) -> str:
+    """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    if config.device == "cpu":
+        return "cpu"
+    connect()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "auto" and gpus == 0:
+        return "cpu"
+    if gpus < config.num_workers:
+        fits = f"tp_size and dp_size whose product is at most {gpus}, or " * (gpus > 0)
+        raise ConfigError(
+            f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
+            f"GPUs; try {fits}device='cpu'"
+        )
+    for node in ray.nodes():
+        here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
+        if here % config.tp_size:
+            print(
+                f"Note: node {node['NodeManagerHostname']} has {here} GPUs, not a "
+                f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
+                "where every layer waits for the network."
+            )
+    return "cuda"
