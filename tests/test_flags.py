@@ -67,7 +67,7 @@ SEEN_BY = {
     "checkpoint_every": "test_launch:test_same_name_goes_on_where_it_stopped",
     "async_checkpoint": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
     "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
-    "max_failures": "test_cli:test_death_while_writing_leaves_the_one_before",
+    "max_failures": "faults/test_kills:test_two_deaths_are_one_too_many",
     "nonfinite": "monitor/test_health:"
     "test_a_step_that_is_not_finite_stops_or_is_skipped",
     "hang_timeout": "faults/test_hangs:test_a_rank_that_is_stopped_is_replaced",
