@@ -76,6 +76,37 @@ def recovers(run, paths: list[Path], damage: str) -> bool:
     return step == other == manifest.step_of(left) and named
 
 
+def save_on_a_full_disk(kind, config, name):
+    """Run by one rank: the kernel says of this file that there is no space left."""
+    engine, loader = build(kind, config)
+    state = {"step": loader.step + 1, "position": 0, "history": []}
+    file = manifest.partial_folder(config, state["step"]) / name
+    file.parent.mkdir(parents=True)
+    file.symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"must have space .* the disk is full"):
+        saving.save(engine, state, config)()
+    saving.WRITING.acquire(blocking=False)
+    saving.WRITING.release()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full device")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("fsdp", "__0_0.distcp"), ("autotp", "deepspeed/mp_rank_00_model_states.pt")],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(
+    kind, name, demo_paths, tmp_path, pools
+):
+    config = make_config(demo_paths, tmp_path, 1, 1, max_steps=2, run_name="run")
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    ranks = pools(1, kind)
+    ranks.run(resume, kind, config)
+    ranks.run(save_on_a_full_disk, kind, config, name)
+    assert manifest.last_of(config).endswith("checkpoint-000002")
+    manifest.remove_leftovers(config)
+    assert len(list(manifest.run_folder(config).iterdir())) == 1
+
+
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

@@ -127,7 +127,10 @@ FLAGS = ["--max_steps", str(STEPS), "--log_interval", "1"]
 
 @pytest.mark.parametrize("victim", ["ray::TrainController", "raylet", "gcs_server"])
 def test_a_process_of_ray_is_killed(victim, whole, storage, survived):
-    """It recovers, or ends within a minute, and the command that it prints resumes."""
+    """It recovers, or ends soon, and the command that it prints resumes the run.
+
+    Ray itself waits a minute for a dead ``gcs_server``.
+    """
     name = victim.split(":")[-1]
     run = start("train_fsdp.py", storage, "--run_name", name, *FLAGS)
     assert any("] step 4/" in line for line in run.stdout), run.stderr.read()
@@ -137,7 +140,7 @@ def test_a_process_of_ray_is_killed(victim, whole, storage, survived):
     seconds = time.time() - killed
     assert "Traceback" not in err
     if run.returncode:
-        assert seconds < 60
+        assert seconds < (80 if victim == "gcs_server" else 60)
         assert re.search(r"^failed: ", err, re.MULTILINE), err
         assert "last checkpoint: " in err
         finish(commands.resume(err))
@@ -153,18 +156,18 @@ def dies_while_writing(config):
     save = engine.save
 
     def save_and_die(directory):
-        future = save(directory)
-        marker = Path(config.storage_path, f"died-{loader.step}")
+        future, step = save(directory), loader.step  # which moves on meanwhile
+        marker = Path(config.storage_path, f"died-{step}")
 
         def die():
             marker.touch()
-            before = manifest.partial_folder(config, loader.step - 2).with_suffix("")
+            before = manifest.partial_folder(config, step - 2).with_suffix("")
             while not before.exists():
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        if mesh.get_rank() == 1 and loader.step in (4, 6) and not marker.exists():
-            if loader.step == 4:
+        if mesh.get_rank() == 1 and step in (4, 6) and not marker.exists():
+            if step == 4:
                 die()
             future.result = die  # asked for before the checkpoint is completed
         return future

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from tp2d_lib.checkpoint import lease, manifest, resume
 from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
@@ -38,7 +41,8 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
     partial = manifest.partial_folder(config, state["step"])
     partial.mkdir(parents=True, exist_ok=True)
     group = group_of_writers()
-    written = engine.save(partial)
+    with errors_explained(partial):
+        written = engine.save(partial)
     text = json.dumps(state)  # now, because the history grows
     about = {key: state[key] for key in ("step", "position")}
     if dist.get_rank() == 0:
@@ -46,8 +50,9 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
 
     def complete() -> Path:
         try:
-            if written:
-                written.result()
+            with errors_explained(partial):
+                if written:
+                    written.result()
             files = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(take_written(partial), files, group=group)
             if files is not None:
@@ -60,6 +65,26 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
         return partial.with_name(partial.name.removesuffix(manifest.PARTIAL))
 
     return complete
+
+
+@contextmanager
+def errors_explained(folder: Path) -> Iterator[None]:
+    """Say what to do about a full disk, on the rank that finds it.
+
+    PyTorch's CheckpointException is no Exception, so few would catch it.
+    """
+    try:
+        yield
+    except (OSError, dcp.CheckpointException) as error:
+        failures = getattr(error, "failures", {0: (error, None)})
+        cause = next(cause for cause, _ in failures.values())
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"{folder.parent} must have space for a checkpoint, but the disk is "
+                "full; the one before it is kept: delete other files, such as older "
+                "runs, then resume, perhaps with a smaller save_total_limit"
+            ) from error
+        raise cause from error
 
 
 @cache
