@@ -5,7 +5,7 @@ from __future__ import annotations
 from tp2d_lib import data, evaluate
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import guards, weights
+from tp2d_lib.model import build_empty_model, guards, weights
 from tp2d_lib.monitor import reporting
 
 
@@ -26,6 +26,9 @@ def check(config: TrainConfig, engine: str) -> set[str]:
     guards.check_compiler(config)
     stored = weights.stored_names(config)
     storage.check(config)
+    sizes = [p.numel() for p in build_empty_model(config).parameters()]
+    each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
+    storage.check_space(config, each * sum(sizes))
     resume.check_engine(engine, config)
     data.check(config)
     evaluate.check(config)

@@ -9,7 +9,7 @@ import pytest
 from tests.support.damage import DAMAGES, flip, truncate
 from tests.support.demo import make_config
 from tp2d_lib import checkpoint, data
-from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint import manifest, resume, storage
 from tp2d_lib.config import ConfigError
 
 
@@ -112,3 +112,9 @@ def test_another_model_of_the_same_shape_is_refused(config, tmp_path):
     flip(copy / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model_name=.* must be what .* another mod"):
         resume.check(moved)
+
+
+def test_a_disk_with_too_little_space_is_found_before_training(config):
+    storage.check_space(config, 1000)
+    with pytest.raises(ConfigError, match=r"must have at least 1,000,000.0 GB free"):
+        storage.check_space(config, 10**15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -70,6 +71,25 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
             f"but has no {MANIFEST}; try a folder such as run/checkpoint-000100"
+        )
+
+
+def check_space(config: TrainConfig, needed: int) -> None:
+    """Find in the driver that not even one checkpoint fits on the disk.
+
+    Args:
+        needed: bytes that a checkpoint has at least.
+    """
+    path = config.storage_path
+    if "://" in path:
+        return
+    home = next(p for p in Path(path, "file").parents if p.exists())
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise ConfigError(
+            f"storage_path={path!r} must have at least {needed / 1e9:,.1f} GB free for "
+            f"a checkpoint, but has {free / 1e9:,.1f} GB; delete what is not needed, "
+            "or try another storage_path"
         )
 
 
