@@ -24,7 +24,7 @@ from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
 pytestmark = pytest.mark.faults
-STEPS = 8
+STEPS = 24
 SETTINGS = {"max_steps": STEPS, "checkpoint_every": 2, "log_interval": 1}
 LAST = f"checkpoint-{STEPS:06d}"
 PHASES = ("model load", "mid-step", "before save", "mid-save", "after save")
@@ -125,12 +125,9 @@ def descendant(process, name: str) -> psutil.Process:
 FLAGS = ["--max_steps", str(STEPS), "--log_interval", "1"]
 
 
-@pytest.mark.parametrize("victim", ["ray::TrainController", "raylet", "gcs_server"])
+@pytest.mark.parametrize("victim", ["ray::TrainController", "raylet"])
 def test_a_process_of_ray_is_killed(victim, whole, storage, survived):
-    """It recovers, or ends soon, and the command that it prints resumes the run.
-
-    Ray itself waits a minute for a dead ``gcs_server``.
-    """
+    """It recovers, or ends within a minute, and the command that it prints resumes."""
     name = victim.split(":")[-1]
     run = start("train_fsdp.py", storage, "--run_name", name, *FLAGS)
     assert any("] step 4/" in line for line in run.stdout), run.stderr.read()
@@ -140,7 +137,7 @@ def test_a_process_of_ray_is_killed(victim, whole, storage, survived):
     seconds = time.time() - killed
     assert "Traceback" not in err
     if run.returncode:
-        assert seconds < (80 if victim == "gcs_server" else 60)
+        assert seconds < 60
         assert re.search(r"^failed: ", err, re.MULTILINE), err
         assert "last checkpoint: " in err
         finish(commands.resume(err))
