@@ -128,7 +128,7 @@ def test_a_hub_model_is_read_at_its_revision(demo_paths, tmp_path):
     (repository / "refs").mkdir(parents=True)
     for revision, size in (("a" * 40, 64), ("b" * 40, 96)):
         folder = repository / "snapshots" / revision
-        path = write_model("llama", folder.parent, hidden_size=size)
+        path = write_model("llama", folder.parent, hidden_size=size, vocab_size=2048)
         Path(path).rename(folder)
         for file in Path(demo_paths[0]).glob("tokenizer*"):
             shutil.copy(file, folder)

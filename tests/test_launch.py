@@ -37,7 +37,7 @@ def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path, capsys):
 
 
 def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
-    """Also on another mesh; and a run that is done returns at once."""
+    """Also on another mesh, whatever Ray's own list says; once done, at once."""
     cluster()
     settings = {"run_name": "again", "log_interval": 3, "checkpoint_every": 2}
     config = build_config("demo", str(tmp_path), max_steps=4, tp_size=2, **settings)
@@ -45,16 +45,22 @@ def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
     assert [record["step"] for record in first] == [2, 3, 4]
     assert "step 4/4" in capsys.readouterr().out
 
+    (tmp_path / "again" / "checkpoint_manager_snapshot.json").write_text('{"torn')
     moved = build_config("demo", str(tmp_path), max_steps=6, dp_size=2, **settings)
     moved = replace(moved, batch_size_per_gpu=2)
     result = launch.run(fsdp.train_func, moved, fsdp.check)
     second = checkpoint.history(result)
-    assert "resumed after step 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "changed since step 4: tp_size 2 -> 1, dp_size 1 -> 2, batch_size_p" in out
+    assert "resumed after step 4" in out
     assert second[: len(first)] == first
     assert [record["step"] for record in second[len(first) :]] == [6]
     assert second[-1]["position"] == 6 * moved.global_batch_size
     kept = sorted(path.name for path in Path(result.path).glob("checkpoint-*"))
     assert kept == ["checkpoint-000004", "checkpoint-000006"]  # save_total_limit
+
+    assert launch.run(fsdp.train_func, moved, fsdp.check).path == result.path
+    assert "nothing left to train after step 6 of" in capsys.readouterr().out
 
     with pytest.raises(ConfigError, match=r"run_name='again' must resume with the eng"):
         launch.run(autotp.train_func, moved, autotp.check)

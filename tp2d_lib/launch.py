@@ -140,6 +140,10 @@ def finished(config: TrainConfig) -> ray.train.Result | None:
     loader.step, loader.position = stored["step"], stored["position"]
     if loader.steps_left:
         return None
+    try:
+        manifest.verify(start)
+    except checkpoint.CheckpointError:
+        return None  # the workers go back to the one before
     print(
         f"nothing left to train after step {loader.step} of {start}; to go on, raise "
         "max_steps or num_epochs"

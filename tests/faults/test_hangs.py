@@ -18,6 +18,8 @@ from tp2d_lib.presets import build_config
 
 RESTART = r"restart 1 of 3: hang: (.*)"
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def cluster():

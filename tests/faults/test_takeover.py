@@ -13,6 +13,8 @@ from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 from huggingface_hub import constants, model_info
 
@@ -29,12 +31,23 @@ def of(config: TrainConfig) -> dict[str, str]:
     return {k: hashlib.sha256(text.encode()).hexdigest() for k, text in texts.items()}
 
 
+def digest_once(path: Path) -> str:
+    """The digest of a file, which is read again only if it has changed."""
+    found = path.stat()
+    return cached_digest(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def cached_digest(path: Path, size: int, modified: int) -> str:
+    return digest(path)
+
+
 def file_digests(config: TrainConfig) -> dict[str, str]:
     """SHA-256 of each of the model's safetensors files, by name."""
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
         paths = sorted(model_directory(config).glob("*.safetensors"))
         with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
-            digests = list(threads.map(digest, paths))
+            digests = list(threads.map(digest_once, paths))
         return {path.name: found for path, found in zip(paths, digests, strict=True)}
     info = model_info(
         config.model_name, revision=config.model_revision, files_metadata=True
