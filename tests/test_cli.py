@@ -153,6 +153,16 @@ def test_the_first_failure_is_told():
         }
 
     assert failures.first(Failed()) == "rank 3 on node-b: ValueError: the cause"
+    assert failures.raised(Failed())
+    error, lost = Failed(), "RuntimeError: [pair.cc] Connection closed by peer [::1]: x"
+    error.worker_failures = {1: failures.RankFailed(f"12.5 node-a {lost}")}
+    told = (
+        "rank 1 on node-a: RuntimeError: [pair.cc] Connection closed by peer: another"
+    )
+    assert failures.first(error).startswith(told)
+    assert not failures.raised(error)  # a process died
+    error.worker_failures = {1: failures.RankFailed("12.5 node-a PlanError: no plan")}
+    assert failures.is_permanent(error)
     argv = ["--tp_size", "2", "--run_name", "mine", "--resume_from=old"]
     assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 

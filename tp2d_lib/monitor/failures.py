@@ -22,6 +22,8 @@ PERMANENT = (
     "PlanError",
     "RepositoryNotFoundError",
 )
+# What Gloo and NCCL say to the ranks that remain.
+LOST = re.compile(r"Connection (closed|reset) by peer|remote process (has )?exited")
 
 
 class RankFailed(RuntimeError):
@@ -67,14 +69,21 @@ def first(error: Exception) -> str:
 
 def report_of(failure: Exception) -> tuple[str, str, str] | None:
     """When a rank failed, on which host, and what it raised; None if it died."""
-    found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", str(failure))
-    return found[-1] if found else None
+    text = f"{type(failure).__name__}: {failure}"  # it may be a RankFailed, or quote it
+    found = re.findall(r"RankFailed: ([\d.]+) (\S+) (.*)", text)
+    if not found:
+        return None
+    when, host, what = found[-1]
+    if lost := LOST.search(what):
+        what = f"{what[: lost.end()]}: another rank has died"
+    return when, host, what
 
 
 def raised(error: Exception) -> bool:
     """Whether every rank that failed raised an exception, so that no process died."""
     failed = getattr(error, "worker_failures", {}).values()
-    return bool(failed) and all(report_of(failure) for failure in failed)
+    reports = [report_of(failure) for failure in failed]
+    return bool(reports) and all(r and not LOST.search(r[2]) for r in reports)
 
 
 def is_permanent(error: Exception) -> bool:
