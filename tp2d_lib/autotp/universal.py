@@ -74,7 +74,8 @@ class ConversionError(RuntimeError):
 def converted(checkpoint: Path) -> Iterator[Path]:
     """A folder with the converted checkpoint, one per node; every rank must enter it.
 
-    It is in the node's temporary folder (``TMPDIR``); it takes 12 bytes per parameter.
+    It is in the node's temporary folder (``TMPDIR``) and takes 12 bytes per parameter,
+    24 at the peak, when the converter holds extracted and merged slices.
 
     Args:
         checkpoint: the folder with DeepSpeed's own files.
