@@ -20,7 +20,7 @@ test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
 
 test-faults: lint  ## every damage, kill, hang and bad input; prints survived / tried
-	$(BIN)/python -m pytest -m "" tests/faults
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults
 
 bench: .venv/installed  ## speed and memory, side by side, as ratios
 	$(BIN)/python scripts/bench.py

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import signal
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tests.faults import wild
+from tests.faults.conftest import SURVIVED, TRIED
 from tests.support.texts import sentences, write_texts
 from tp2d_lib import cli, data, fsdp, launch, presets
 from tp2d_lib.autotp import rules
@@ -31,7 +31,6 @@ from tp2d_lib.model import PlanError
 
 SENTENCES = (CheckpointError, ConfigError, PlanError)
 SECONDS = 20  # allowed for one case
-TRIED, SURVIVED = Counter(), Counter()
 
 BASE = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", **BASE, derandomize=True)
@@ -42,16 +41,6 @@ settings.load_profile(PROFILE)
 
 def cases(quick: int, full: int):
     return settings(max_examples=full if PROFILE == "full" else quick)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counts(request):
-    """Print at the end, for each class of inputs, how many cases ended well."""
-    yield
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        for kind, tried in TRIED.items():
-            print(f"\n{kind}: {SURVIVED[kind]} / {tried}", end="")
 
 
 @contextlib.contextmanager
