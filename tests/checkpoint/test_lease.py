@@ -17,7 +17,7 @@ from tp2d_lib.checkpoint import lease
 from tp2d_lib.config import ConfigError, TrainConfig
 
 pytestmark = pytest.mark.ranks  # not those, but processes that take their time
-SECONDS = 3.0  # instead of 20
+SECONDS = 5.0  # instead of 20
 TRIES = 5
 HOLDER = """
 import sys
