@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from tp2d_lib import data, evaluate
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
@@ -9,7 +11,7 @@ from tp2d_lib.model import build_empty_model, guards, weights
 from tp2d_lib.monitor import reporting
 
 
-def check(config: TrainConfig, engine: str) -> set[str]:
+def check(config: TrainConfig, engine: str) -> tuple[nn.Module, set[str]]:
     """Find in the driver, before any worker starts, what does not fit together.
 
     Args:
@@ -17,7 +19,7 @@ def check(config: TrainConfig, engine: str) -> set[str]:
         engine: its name in the manifest of a checkpoint, "fsdp" or "autotp".
 
     Returns:
-        The names of the tensors in the model's files.
+        The empty model, and the names of the tensors in its files.
 
     Raises:
         ConfigError: one sentence: the field, the value, the rule, a value that works.
@@ -26,12 +28,12 @@ def check(config: TrainConfig, engine: str) -> set[str]:
     guards.check_compiler(config)
     stored = weights.stored_names(config)
     storage.check(config)
-    sizes = [p.numel() for p in build_empty_model(config).parameters()]
+    model = build_empty_model(config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
-    storage.check_space(config, each * sum(sizes))
+    storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
     resume.check_engine(engine, config)
     data.check(config)
     evaluate.check(config)
     if config.report_to:
         reporting.check_installed()
-    return stored
+    return model, stored

@@ -10,7 +10,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from tp2d_lib import checkpoint
-from tp2d_lib import model as models
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
@@ -35,12 +34,11 @@ def check(config: TrainConfig) -> TrainConfig:
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
-    preflight.check(config, engine="autotp")
+    model, _ = preflight.check(config, engine="autotp")
     if start := checkpoint.start_of(config):
         stored = json.loads(Path(start, universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
     if config.tp_size > 1:
-        model = models.build_empty_model(config)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         rules.check_time(config.partition_config, names)
         partition.check(model, config)

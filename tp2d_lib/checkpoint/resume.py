@@ -31,7 +31,7 @@ def about(engine: str, config: TrainConfig) -> dict:
     return {
         "engine": engine,
         "settings": asdict(config),
-        "model": identity.of(config),
+        "model": identity.at_start(config),
         "rows": Path(config.prepared_data).name,
         "versions": {
             name: version(name) for name in ("torch", "transformers", "deepspeed")

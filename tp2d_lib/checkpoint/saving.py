@@ -18,6 +18,7 @@ from tp2d_lib.checkpoint import lease, manifest, resume
 from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import take_written
+from tp2d_lib.model import identity
 
 WRITING = threading.Lock()
 
@@ -107,6 +108,8 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
+    if dist.get_rank() == 0:
+        identity.at_start(config)  # now: a checkpoint must not wait for it, or fail
     folders = manifest.checkpoints(config)
     if not folders and config.resume_from_checkpoint:
         folders = [Path(config.resume_from_checkpoint)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from tp2d_lib import model as models
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
 from tp2d_lib.model import PlanError, weights
@@ -27,8 +26,7 @@ def check(config: TrainConfig) -> TrainConfig:
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
-    stored = preflight.check(config, engine="fsdp")
-    model = models.build_empty_model(config)
+    model, stored = preflight.check(config, engine="fsdp")
     check_attention(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model)

@@ -25,6 +25,16 @@ class NonFiniteError(RuntimeError):
     """A number that training cannot go on with: infinite, or not a number."""
 
 
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether a local tensor has no NaN or infinity, as a 0-d tensor: no device sync.
+
+    Not ``isfinite().all()``, which takes as much memory again as the tensor.
+    """
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(tensor.aminmax()).isfinite().all()
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], model: object) -> None:
     """Refuse weights from which only NaN could be trained.
 
@@ -36,9 +46,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], model: object) -> None:
         NonFiniteError: names the first such tensor.
     """
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # Not isfinite(), which takes as much memory again as the tensor.
-        if local.numel() and not torch.stack(local.aminmax()).isfinite().all():
+        if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
             raise NonFiniteError(
                 f"{name!r} in {str(model)!r} must be finite, but holds NaN or "
                 "infinity; try an undamaged copy of the model"

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 
 from huggingface_hub import constants, model_info
 
@@ -16,6 +14,7 @@ from tp2d_lib.integrity import digest
 from tp2d_lib.model.architecture import load_model_config
 from tp2d_lib.model.weights import model_directory
 
+KNOWN: dict[tuple, dict[str, str]] = {}
 VARYING = ("_name_or_path", "transformers_version")  # no part of what the model is
 
 
@@ -31,15 +30,12 @@ def of(config: TrainConfig) -> dict[str, str]:
     return {k: hashlib.sha256(text.encode()).hexdigest() for k, text in texts.items()}
 
 
-def digest_once(path: Path) -> str:
-    """The digest of a file, which is read again only if it has changed."""
-    found = path.stat()
-    return cached_digest(path, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def cached_digest(path: Path, size: int, modified: int) -> str:
-    return digest(path)
+def at_start(config: TrainConfig) -> dict[str, str]:
+    """``of``, found once in a process: later checkpoints read no file, need no Hub."""
+    model = config.model_name, config.model_revision
+    if model not in KNOWN:
+        KNOWN[model] = of(config)
+    return KNOWN[model]
 
 
 def file_digests(config: TrainConfig) -> dict[str, str]:
@@ -47,7 +43,7 @@ def file_digests(config: TrainConfig) -> dict[str, str]:
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
         paths = sorted(model_directory(config).glob("*.safetensors"))
         with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
-            digests = list(threads.map(digest_once, paths))
+            digests = list(threads.map(digest, paths))
         return {path.name: found for path, found in zip(paths, digests, strict=True)}
     info = model_info(
         config.model_name, revision=config.model_revision, files_metadata=True

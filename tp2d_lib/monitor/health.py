@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from tp2d_lib.model.guards import NonFiniteError
+from tp2d_lib.model.guards import NonFiniteError, is_finite
 
 MAX_SKIPPED = 20  # steps in a row; DeepSpeed's loss scaling needs about 16 to settle
 DRIFT = 1e-3  # relative; rounding differs where dp groups reduce in different orders
@@ -38,7 +38,7 @@ def check_weights(engine, step: int) -> None:
         NonFiniteError: names the step, so that it is never saved.
     """
     weights = engine.local_weights().values()
-    finite = torch.stack([weight.isfinite().all() for weight in weights]).all().int()
+    finite = torch.stack([is_finite(weight) for weight in weights]).all().int()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
         raise NonFiniteError(
