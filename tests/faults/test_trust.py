@@ -186,7 +186,8 @@ def test_a_pattern_that_runs_away_is_stopped(tmp_path, monkeypatch):
         model, str(tmp_path), 2, 1, 1, ("padded", 1, "adamw")
     )
     monkeypatch.setattr(partition_rules, "MATCH_LIMIT_S", 1)
-    monkeypatch.setattr("tp2d_lib.preflight.check", lambda *_, **__: None)
+    found = models.build_empty_model(config), set()  # what it returns, without data
+    monkeypatch.setattr("tp2d_lib.preflight.check", lambda *_, **__: found)
     runaway = {"patterns": [r"((\w+\.?)+)+!"], "partition_type": "row"}
     with pytest.raises(ConfigError, match=r"^patterns=.* within 1 s, .*; try '\.\*o_p"):
         autotp.check(replace(config, partition_config=rules(runaway)))
