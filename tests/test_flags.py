@@ -65,6 +65,7 @@ SEEN_BY = {
     "resume_from_checkpoint": "lessons/test_notebooks:test_another_mesh_and_export",
     "eval_every": "lessons/test_notebooks:test_what_a_command_leaves",
     "checkpoint_every": "test_launch:test_same_name_goes_on_where_it_stopped",
+    "checkpoint_minutes": "test_loop:test_saves_by_time_cost_no_more_than_training",
     "async_checkpoint": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
     "save_total_limit": "test_launch:test_same_name_goes_on_where_it_stopped",
     "max_failures": "faults/test_kills:test_two_deaths_are_one_too_many",

@@ -1,4 +1,4 @@
-"""The learning-rate schedule."""
+"""When the loop saves, and the learning-rate schedule."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tp2d_lib.loop import learning_rate
+from tp2d_lib.loop import SaveSchedule, learning_rate
 from tp2d_lib.presets import build_config
 
 
@@ -42,3 +42,40 @@ def test_cosine_is_the_one_of_transformers(config):
 
 def test_no_warm_up(config):
     assert rates(config, 5, warmup_ratio=0.0, lr_scheduler_type="constant") == [1.0] * 5
+
+
+def saves(config, steps, step_s, save_s, **settings):
+    """The steps after which a run saves, on a clock of our own."""
+    schedule, now, saved = SaveSchedule(replace(config, **settings)), 100.0, []
+    for step in range(1, steps + 1):
+        due = schedule.is_due(step, now)
+        now += step_s + (save_s(step) if due else 0)
+        saved += [step] * due
+    return saved
+
+
+def at_once(step):
+    return 0
+
+
+BY_TIME = {"checkpoint_every": 0, "checkpoint_minutes": 1.0}
+
+
+def test_saves_by_steps_by_time_or_by_whichever_comes_first(config):
+    assert saves(config, 20, 10, at_once, **BY_TIME) == [7, 14]
+    by_steps = {"checkpoint_every": 4, "checkpoint_minutes": 0.0}
+    assert saves(config, 9, 10, at_once, **by_steps) == [4, 8]
+    both = {"checkpoint_every": 10, "checkpoint_minutes": 1.0}
+    assert saves(config, 20, 10, at_once, **both) == [7, 10, 17, 20]
+    neither = {"checkpoint_every": 0, "checkpoint_minutes": 0.0}
+    assert saves(config, 20, 10, at_once, **neither) == []
+    assert saves(config, 20, 0, at_once, **BY_TIME) == []  # no driver, no clock
+
+
+def test_saves_by_time_cost_no_more_than_training(config):
+    """But for the first, whose price nobody knows; a quick one shortens it again."""
+    got = saves(config, 200, 10, lambda step: 300, **BY_TIME)
+    assert got[:3] == [7, 39, 71]
+    assert (len(got) - 1) * 300 <= 200 * 10
+    got = saves(config, 50, 10, lambda step: 300 if step == 7 else 0, **BY_TIME)
+    assert got == [7, 39, 46]

@@ -44,7 +44,8 @@ def fit(
 
     An attempt is repeated, up to ``max_failures`` times, if it may end differently: a
     process died or hung, or steps were gained before an exception. Ray itself would
-    repeat all.
+    repeat all. One that ended because a node is taken away is no failure: it has saved,
+    and the next one waits for another node.
 
     Args:
         caught: the name of a signal, once one has been received; then nothing restarts.
@@ -52,29 +53,33 @@ def fit(
     Raises:
         Failed: the last attempt did, or hung, or another process took over the run.
     """
-    furthest, without_gain = 0, 0
-    for restart in range(1, config.max_failures + 2):
+    restarts, furthest, without_gain = 0, 0, 0
+    while True:
         manifest.remove_leftovers(config)
         storage.remove(config, SNAPSHOT)
         attempt = outcome(build_trainer())
-        if not isinstance(attempt.exception(), FAILED):
+        error = attempt.exception()
+        preempted = watcher.was_preempted() and not caught
+        if not isinstance(error, FAILED) and not preempted:
             return attempt.result()
-        error = watcher.why_ended() or attempt.exception()
+        error = watcher.why_ended() or error
         reached = watcher.furthest_step()
         without_gain = 0 if reached > furthest else without_gain + 1
         furthest = max(furthest, reached)
-        allowed = 0 if failures.raised(error) else 1
-        reason = failures.first(error)
-        if (
-            restart > config.max_failures
-            or caught
-            or failures.is_permanent(error)
-            or without_gain > allowed
-        ):
-            raise Failed(reason) from error
+        reason = failures.first(error) if error else "preemption"
+        if not preempted:
+            restarts += 1
+            allowed = 0 if failures.raised(error) else 1
+            if (
+                restarts > config.max_failures
+                or caught
+                or failures.is_permanent(error)
+                or without_gain > allowed
+            ):
+                raise Failed(reason) from error
         watcher.begin_attempt()
-        watcher.show(f"restart {restart} of {config.max_failures}: {reason}", done=True)
-    raise AssertionError("the last attempt returns or raises")
+        count = f" {restarts} of {config.max_failures}" * (not preempted)
+        watcher.show(f"restart{count}: {reason}", done=True)
 
 
 def outcome(trainer: TorchTrainer) -> Future:

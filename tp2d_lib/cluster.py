@@ -6,6 +6,8 @@ import copyreg
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from importlib import import_module
 
 import ray
@@ -26,6 +28,7 @@ WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
     **watchdog.NCCL_ENV,
 }
+REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 own = False  # whether this process started the cluster
 
 
@@ -96,6 +99,23 @@ def free_workers() -> None:
             )
 
 
+def wait_for_gpus(
+    config: TrainConfig, show: Callable[..., None], seconds: float = REPLACE_S
+) -> None:
+    """Wait until a lost node's GPUs are replaced; Ray would, silently and for ever.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    deadline, said = time.monotonic() + seconds, False
+    while gpus() < config.num_workers and time.monotonic() < deadline:
+        if not said:
+            show(f"waiting for {config.num_workers} GPUs, the cluster has {gpus()}")
+            said = True
+        time.sleep(1)
+    check_gpus(config)
+
+
 def pick_device(config: TrainConfig) -> str:
     """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
 
@@ -105,15 +125,9 @@ def pick_device(config: TrainConfig) -> str:
     if config.device == "cpu":
         return "cpu"
     connect()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "auto" and gpus == 0:
+    if config.device == "auto" and gpus() == 0:
         return "cpu"
-    if gpus < config.num_workers:
-        fits = f"tp_size and dp_size whose product is at most {gpus}, or " * (gpus > 0)
-        raise ConfigError(
-            f"num_workers={config.num_workers} must not exceed the cluster's {gpus} "
-            f"GPUs; try {fits}device='cpu'"
-        )
+    check_gpus(config)
     for node in ray.nodes():
         here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
         if here % config.tp_size:
@@ -123,3 +137,16 @@ def pick_device(config: TrainConfig) -> str:
                 "where every layer waits for the network."
             )
     return "cuda"
+
+
+def gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def check_gpus(config: TrainConfig) -> None:
+    if (found := gpus()) < config.num_workers:
+        fits = f"tp_size and dp_size whose product is at most {found}, or "
+        raise ConfigError(
+            f"num_workers={config.num_workers} must not exceed the cluster's {found} "
+            f"GPUs; try {fits * (found > 0)}device='cpu'"
+        )

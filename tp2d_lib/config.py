@@ -147,7 +147,10 @@ class TrainConfig:
         0, "steps between validation losses, plus one at the end; 0: none"
     )
     checkpoint_every: int = setting(
-        100, "steps between checkpoints, and one at the end; 0: that one"
+        0, "steps between checkpoints; 0: by time only; there is always one at the end"
+    )
+    checkpoint_minutes: float = setting(
+        15.0, "minutes of training between checkpoints; 0: by steps only"
     )
     async_checkpoint: bool = setting(
         False, "FSDP2: write checkpoints while training continues"

@@ -17,7 +17,7 @@ from tp2d_lib import attempts, checkpoint, cluster, data, evaluate
 from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.cluster import connect, pick_device, quiet
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
 
 __all__ = ["as_yaml", "connect", "pick_device", "prepare", "quiet", "run", "train"]
@@ -86,7 +86,9 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
             signals.on_first_signal(watcher.stop_training) as caught,
         ):
             held.on_loss(watcher.end_attempt)
-            trainer = partial(build_trainer, train_func, config, callbacks, held.holder)
+            trainer = partial(
+                build_trainer, train_func, config, callbacks, held.holder, watcher.show
+            )
             result = attempts.fit(trainer, config, watcher, caught)
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
@@ -106,9 +108,16 @@ def saved(config: TrainConfig) -> str:
     return f"last checkpoint: {last}" if last else "no checkpoint was written yet"
 
 
-def build_trainer(train_func, config: TrainConfig, callbacks, holder) -> TorchTrainer:
+def build_trainer(
+    train_func, config: TrainConfig, callbacks, holder, show
+) -> TorchTrainer:
     cluster.free_workers()
     use_gpu = config.device == "cuda"
+    if use_gpu:
+        try:
+            cluster.wait_for_gpus(config, show)
+        except ConfigError as error:
+            raise Failed(str(error)) from error
     cpus = ray.cluster_resources().get("CPU", 1)
     return TorchTrainer(
         lambda: failures.on_rank(train_func, config, holder),
@@ -125,7 +134,9 @@ def build_trainer(train_func, config: TrainConfig, callbacks, holder) -> TorchTr
             name=config.run_name,
             storage_path=config.storage_path,
             callbacks=callbacks,
-            failure_config=ray.train.FailureConfig(max_failures=0),  # see attempts
+            failure_config=ray.train.FailureConfig(  # see attempts
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )
 

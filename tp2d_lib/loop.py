@@ -26,6 +26,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     driver.publish({"start": start, "total": total})
     step = start
     metrics = Metrics(engine, config, start, state["history"], driver.publish)
+    schedule = SaveSchedule(config)
     with profiler(config) as profile:
         for step, batch in enumerate(loader, start=start + 1):
             driver.begin(step)
@@ -39,7 +40,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
             stop = driver.should_stop()
             last = stop or step == total
             evaluates = is_due(step, config.eval_every, step == total)
-            saves = is_due(step, config.checkpoint_every, last) or last
+            saves = schedule.is_due(step, driver.now) or last
             if saves or evaluates or step % config.log_interval == 0:
                 metrics.log(step, rate, loader)  # no step goes unlogged
             if evaluates:
@@ -58,6 +59,31 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     metrics.close()
     if config.export_to and step == total:
         engine.export(config.export_to)
+
+
+class SaveSchedule:
+    """When a checkpoint is due: by steps, by time, or by whichever comes first.
+
+    Time counts from the end of the last save. By time, training lasts at least as long
+    as that save did, so that saving never costs more than training.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.every = config.checkpoint_every
+        self.seconds = 60 * config.checkpoint_minutes
+        self.since: float | None = None  # when training began, or went on after a save
+        self.saved: float | None = None  # when the step of the last save began
+
+    def is_due(self, step: int, now: float) -> bool:
+        """To be asked once per step; ``now`` is when it began, in seconds."""
+        if self.since is None:
+            self.since = now
+        took = 0.0 if self.saved is None else self.since - self.saved
+        by_time = self.seconds > 0 and now - self.since >= max(self.seconds, took)
+        due = by_time or is_due(step, self.every, last=False)
+        if due:
+            self.saved, self.since = now, None
+        return due
 
 
 def is_due(step: int, every: int, last: bool) -> bool:

@@ -42,6 +42,7 @@ NOT_NEGATIVE = (
     "weight_decay",
     "eval_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "max_failures",
     "profile_steps",
     "seed",

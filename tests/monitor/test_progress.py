@@ -5,20 +5,20 @@ import pty
 import subprocess
 import sys
 
-from tp2d_lib.monitor import progress
+from tp2d_lib.monitor import display, progress
 
 SHOW = """
-from tp2d_lib.monitor import progress
-show = progress.display_on_terminal()
+from tp2d_lib.monitor import display
+show = display.on_terminal()
 for step in (10, 20, 100_000):
     record = {"step": step, "step_time": 0.5, "loss": 2.5, "tokens_per_second": 1e6}
-    show(progress.line(record, 100_000), done=step == 100_000)
+    show(display.line(record, 100_000), done=step == 100_000)
 """
 
 
 def test_a_line_tells_loss_speed_and_time_left():
     record = {"step": 10, "step_time": 2.0, "loss": 2.5, "tokens_per_second": 1234.4}
-    said = progress.line(record | {"mfu": 0.41}, 2000)
+    said = display.line(record | {"mfu": 0.41}, 2000)
     assert said == (
         "[..........] step 10/2000  loss 2.500  1,234 tokens/s  1:06:20 left  MFU 41%"
     )
@@ -52,12 +52,16 @@ def test_plain_lines_in_a_file():
 def test_all_ranks_get_the_same_last_step():
     """Whoever asks first or last: no rank stops at a step that another has passed."""
     actor = progress.ProgressActor()
-    assert not any(actor.is_last(step) for step in (1, 1, 2))  # one rank is late
+    answers = [actor.begin(step) for step in (1, 2, 1, 2)]  # one rank is late
+    assert answers[:2] == answers[2:]  # the time as well
+    assert not any(last for last, _ in answers)
     actor.stop()
-    assert not actor.is_last(2)
-    assert [actor.is_last(3), actor.is_last(3)] == [True, True]
+    assert actor.begin(2) == answers[1]
+    first, second = actor.begin(3), actor.begin(3)
+    assert first == second
+    assert first[0]
     actor.stop()  # again changes nothing
-    assert actor.is_last(3)
+    assert actor.begin(3) == first
 
 
 def test_a_process_with_jupyters_libraries_is_no_notebook():
@@ -65,4 +69,4 @@ def test_a_process_with_jupyters_libraries_is_no_notebook():
     import ipykernel  # noqa: F401
     import IPython  # noqa: F401
 
-    assert progress.display_in_notebook() is None
+    assert display.in_notebook() is None

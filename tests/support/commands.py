@@ -33,6 +33,13 @@ def run(command: list[str], **environment) -> subprocess.Popen:
     )
 
 
+def wait_until(condition, seconds=150):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
 def wait_for(condition, process, seconds=150):
     deadline = time.time() + seconds
     while not condition():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.monitor import watchdog
+from tp2d_lib.monitor import display, watchdog
+
+PREEMPTION_S = 5.0  # between looks for a node that is about to be taken away
 
 
 class ProgressActor:
@@ -19,14 +19,16 @@ class ProgressActor:
 
     def __init__(self):
         self.records: list[dict] = []
-        self.last_begun = self.furthest = 0
+        self.last_begun = self.furthest = self.total = 0
+        self.begun: dict[int, float] = {}  # step -> seconds on this process's clock
         self.stop_after: int | None = None
         self.beats: dict[int, dict] = {}  # rank -> its last sign of life
         self.gone: set[tuple] = set()  # processes of earlier attempts
-        self.dumping = False
+        self.dumping = self.preempted = False
 
     def add(self, record: dict) -> None:
         self.records.append(record)
+        self.total = record.get("total", self.total)
 
     def since(self, count: int) -> list[dict]:
         return self.records[count:]
@@ -38,7 +40,8 @@ class ProgressActor:
 
     def begin_attempt(self) -> None:
         """The workers begin again, at an earlier step than the last one begun."""
-        self.last_begun, self.dumping = 0, False
+        self.last_begun, self.begun = 0, {}
+        self.dumping = self.preempted = False
         self.gone |= {(beat["host"], beat["pid"]) for beat in self.beats.values()}
         self.beats = {}
 
@@ -58,11 +61,23 @@ class ProgressActor:
     def furthest_step(self) -> int:
         return self.furthest
 
-    def is_last(self, step: int) -> bool:
-        """Whether to stop after the step now beginning; the same for every rank."""
+    def begin(self, step: int) -> tuple[bool, float]:
+        """Whether to stop after the step now beginning, and the time of its beginning.
+
+        Every rank gets the same answer, so they also agree on what is due by time.
+        """
         self.last_begun = max(self.last_begun, step)
         self.furthest = max(self.furthest, step)
-        return self.stop_after is not None and step >= self.stop_after
+        now = self.begun.setdefault(step, time.monotonic())
+        self.begun.pop(step - 2, None)  # no rank is so far behind
+        return self.stop_after is not None and step >= self.stop_after, now
+
+    def preempt(self) -> None:
+        """The workers save and return, because one of their nodes is taken away."""
+        self.preempted = True
+
+    def is_preempted(self) -> bool:
+        return self.preempted and self.furthest < self.total
 
 
 class WorkerProgress:
@@ -72,7 +87,7 @@ class WorkerProgress:
         import torch.distributed as dist  # here: the actor does not need it
 
         self.publishes = dist.get_rank() == 0
-        self.answer = None
+        self.answer, self.now, self.looked = None, 0.0, 0.0
         self.stepped = False
         try:
             self.actor = ray.get_actor(watchdog.actor_name(run_name))
@@ -88,12 +103,12 @@ class WorkerProgress:
         self.publish({"notice": text})
 
     def begin(self, step: int) -> None:
-        """Query early whether this step is the last, because the reply takes time."""
+        """Ask early what ``should_stop`` will answer, because the reply takes time."""
         # The first one may compile, which takes long and is no hang.
         self.enter(watchdog.STEP if self.stepped else "first step", step)
         self.stepped = True
         if self.actor:
-            self.answer = self.actor.is_last.remote(step)
+            self.answer = self.actor.begin.remote(step)
 
     def enter(self, phase: str, step: int) -> None:
         """Say what comes next; until the next ``begin`` no step is awaited."""
@@ -101,16 +116,38 @@ class WorkerProgress:
             watchdog.heart.enter(phase, step)
 
     def should_stop(self) -> bool:
-        return self.actor is not None and ray.get(self.answer)
+        """Whether this step is the last; sets ``now``, the same on every rank."""
+        if self.actor is None:
+            return False
+        stop, self.now = ray.get(self.answer)
+        if self.now - self.looked < PREEMPTION_S:
+            return stop
+        self.looked = self.now
+        return self.is_preempted() or stop
+
+    def is_preempted(self) -> bool:
+        """Whether Ray has been told that a worker's node ends; every rank must ask."""
+        import ray.train  # here: slow, the actor does not need it
+
+        found = ray.train.get_preemption_info()
+        if found and self.publishes:
+            ranks = ", ".join(map(str, found.preempted_ranks))
+            self.notify(f"preemption: ranks {ranks} will lose their node; saving")
+            ray.get(self.actor.preempt.remote())
+        return found is not None
 
 
 class Watcher:
     """Shows a run's progress and ends an attempt that hangs, while the driver waits."""
 
     def __init__(self, config: TrainConfig):
-        actor = ray.remote(num_cpus=0)(ProgressActor)
-        self.actor = actor.options(name=watchdog.actor_name(config.run_name)).remote()
-        self.show = display_in_notebook() or display_on_terminal()
+        here = ray.get_runtime_context().get_node_id()  # other nodes may be lost
+        actor = ray.remote(num_cpus=0)(ProgressActor).options(
+            name=watchdog.actor_name(config.run_name),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+        self.actor = actor.remote()
+        self.show = display.in_notebook() or display.on_terminal()
         self.records: list[dict] = []
         self.total = 0
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
@@ -169,6 +206,10 @@ class Watcher:
         """The furthest step that any attempt of this run has begun."""
         return ray.get(self.actor.furthest_step.remote())
 
+    def was_preempted(self) -> bool:
+        """Whether this attempt ended early because a node is about to be taken away."""
+        return ray.get(self.actor.is_preempted.remote())
+
     def watch(self) -> None:
         while not self.done.wait(0.5):
             self.poll()
@@ -188,46 +229,6 @@ class Watcher:
                 text = f"step {record['step']}: eval_loss {record['eval_loss']:.4f}"
                 self.show(text, done=True)
             else:
-                self.show(line(record, self.total), record["step"] == self.total)
-
-
-def line(record: dict, total: int) -> str:
-    """One record as a line of text."""
-    left = round((total - record["step"]) * record["step_time"])
-    done = round(10 * record["step"] / total)
-    text = (
-        f"[{'#' * done}{'.' * (10 - done)}] step {record['step']}/{total}"
-        f"  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    )
-    return text + (f"  MFU {record['mfu']:.0%}" if "mfu" in record else "")
-
-
-def display_in_notebook() -> Callable[..., None] | None:
-    """Update one output in place, so that only the last line stays on the page."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"):  # the libraries may be loaded outside of one
-        return None
-    from IPython.display import display  # here: notebooks only
-
-    finished: list[str] = []
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def show(text: str, done: bool = False) -> None:
-        handle.update({"text/plain": "\n".join([*finished, text])}, raw=True)
-        if done:
-            finished.append(text)
-
-    return show
-
-
-def display_on_terminal() -> Callable[..., None]:
-    """Rewrite one line on a terminal; plain lines when the output is a file."""
-    live = sys.stdout.isatty()
-
-    def show(text: str, done: bool = False) -> None:
-        if live:  # a line that wraps could not be rewritten
-            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="\n" if done or not live else "", flush=True)
-
-    return show
+                self.show(
+                    display.line(record, self.total), record["step"] == self.total
+                )

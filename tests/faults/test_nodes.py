@@ -1,0 +1,148 @@
+"""A cluster of several nodes that loses one: killed, or announced beforehand."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch.distributed as dist
+from ray.cluster_utils import Cluster
+
+from tests.support.commands import shards, wait_until
+from tests.support.demo import train_without_ray
+from tp2d_lib import cluster, fsdp, launch, loop
+from tp2d_lib.config import ConfigError
+from tp2d_lib.data import build_dataloader
+from tp2d_lib.mesh import build_mesh
+from tp2d_lib.presets import build_config
+
+pytestmark = pytest.mark.faults
+STEPS = 40
+SETTINGS = {"max_steps": STEPS, "checkpoint_every": 10, "log_interval": 1}
+LAST = f"checkpoint-{STEPS:06d}"
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A head without CPUs, where the driver is, and two nodes for workers."""
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    started.add_node(num_cpus=2)
+    started.add_node(num_cpus=2)
+    started.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", started.address)
+    yield started
+    ray.shutdown()
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def whole(storage, pools):
+    """The shards at the end of training that nothing interrupts."""
+    config = build_config("demo", str(storage), tp_size=2, **SETTINGS)
+    config = launch.prepare(fsdp.check(config))
+    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
+    return shards(storage / "whole")
+
+
+def tells_its_node(config):
+    """Training whose first attempt writes its node at step 14, and walks from then."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    compute, marker = engine.step, Path(config.storage_path, f"{config.run_name}.node")
+    first = not marker.exists()
+
+    def step(batch):
+        if first and loader.step >= 14:
+            if dist.get_rank() == 0 and not marker.exists():
+                marker.write_text(ray.get_runtime_context().get_node_id())
+            time.sleep(0.5)
+        return compute(batch)
+
+    engine.step = step
+    dist.barrier()  # all have looked for the marker
+    loop.run(engine, loader, config)
+
+
+def run_and_lose(how, nodes, storage, name, capsys) -> str:
+    """What is printed by a run whose node is lost, ``how(node_id)``, at step 14."""
+    config = build_config("demo", str(storage), tp_size=2, run_name=name, **SETTINGS)
+    marker = storage / f"{name}.node"
+
+    def lose():
+        wait_until(lambda: marker.exists() and marker.read_text())
+        how(marker.read_text())
+
+    loser = threading.Thread(target=lose, daemon=True)
+    loser.start()
+    launch.run(tells_its_node, replace(config, device="cpu"), fsdp.check)
+    loser.join()
+    return capsys.readouterr().out
+
+
+def test_a_node_is_killed(whole, nodes, storage, survived, capsys):
+    """Its ranks, with all else on it, are gone; the other node takes over."""
+
+    def kill(node_id):
+        lost = next(node for node in nodes.worker_nodes if node.node_id == node_id)
+        nodes.remove_node(lost, allow_graceful=False)
+
+    out = run_and_lose(kill, nodes, storage, "killed", capsys)
+    assert "resumed after step 10" in out
+    assert re.search("restart 1 of 3: rank ", out)
+    assert survived("kills of a node", shards(storage / "killed" / LAST) == whole)
+
+
+def test_a_node_is_about_to_be_taken_away(whole, nodes, storage, survived, capsys):
+    """It is told in advance: saved after the step at hand, then another node."""
+
+    def announce(node_id):
+        command = [Path(sys.executable).with_name("ray"), "drain-node"]
+        command += ["--address", nodes.address, "--node-id", node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ)
+
+    out = run_and_lose(announce, nodes, storage, "announced", capsys)
+    assert "preemption: ranks 0, 1 will lose their node; saving\n" in out
+    assert "restart: preemption\n" in out
+    saved = int(re.search(r"resumed after step (\d+)", out)[1])
+    assert saved % 10 != 0
+    good = shards(storage / "announced" / LAST) == whole
+    assert survived("preemptions of a node", good)
+
+
+def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
+    """Declared GPUs: this is the driver's part only."""
+    first = nodes.add_node(num_gpus=1)
+    nodes.add_node(num_gpus=1)
+    nodes.wait_for_nodes()
+    settings = {"tp_size": 2, "device": "cuda"}
+    config, said = build_config("demo", str(storage), **settings), []
+    launch.connect()
+    cluster.wait_for_gpus(config, said.append, seconds=2)
+    assert not said
+    nodes.remove_node(first, allow_graceful=False)
+    wait_until(lambda: cluster.gpus() == 1)
+    with pytest.raises(ConfigError, match=r"num_workers=2 .* the cluster's 1 GPUs"):
+        cluster.wait_for_gpus(config, said.append, seconds=2)
+    assert said == ["waiting for 2 GPUs, the cluster has 1"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(cluster.wait_for_gpus, config, said.append, seconds=60)
+        wait_until(lambda: len(said) == 2)
+        nodes.add_node(num_gpus=1)
+        waiting.result(timeout=60)
