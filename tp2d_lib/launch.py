@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import ray
@@ -78,6 +79,7 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     """``train`` as the only process that writes into the run's folder."""
     connect()
     storage.append(config, "config.yaml", as_yaml(config))
+    prepare_start(config)
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     status = "FAILED"
     try:
@@ -100,6 +102,16 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     if early:
         raise Stopped(f"{caught[0]} after step {result.metrics['step']}")
     return result
+
+
+def prepare_start(config: TrainConfig) -> None:
+    """What the engine of the checkpoint to load does before it is loaded, if anything.
+
+    The checkpoint names its engine, a folder beside this file.
+    """
+    if start := checkpoint.start_of(config):
+        engine = import_module(f"tp2d_lib.{manifest.read(start)['engine']}")
+        getattr(engine, "prepare_start", lambda config: None)(config)
 
 
 def saved(config: TrainConfig) -> str:

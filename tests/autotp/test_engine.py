@@ -9,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from tests.support import reference
+from tests.support import damage, reference
 from tests.support.autotp import STAGES, make_config, train
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of, train_references
@@ -292,6 +292,51 @@ def test_the_plan_may_change_with_the_checkpoint(models, references, pools, tmp_
     got += ranks.run(second_half, config, folder)[0]
     expected = references[("llama", *variant)][0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_the_driver_converts_once_before_the_workers(
+    models, references, pools, tmp_path, capsys
+):
+    """The newest checkpoint is damaged, so the one before it; and only if needed."""
+    variant, run = VARIANTS[0], tmp_path / "run"
+    config = make_config(models["llama"], str(tmp_path), 2, 2, 1, variant)
+    config = replace(config, run_name="run")
+    ranks = pools(4, "autotp-(2, 2)")
+    for step in (2, 4):
+        partial = manifest.partial_folder(config, step)
+        losses = ranks.run(first_half, config, str(partial))[0]
+        manifest.publish(partial, {}, {"engine": "autotp"})
+    damage.flip(next((run / "checkpoint-000004").rglob("*optim_states.pt")))
+    autotp.prepare_start(config)
+    assert not list(run.glob("converted-*"))  # the same layout
+
+    moved = make_config(models["llama"], str(tmp_path), 1, 4, 1, variant)
+    moved = replace(moved, run_name="run")
+    autotp.prepare_start(moved)
+    said = capsys.readouterr().out
+    assert said == f"converting {run}/checkpoint-000002 for another layout, once\n"
+    used = next(run.glob("converted-*"))
+    folder = str(run / "checkpoint-000002")
+    losses += pools(4, "autotp-(1, 4)").run(second_half_prepared, moved, folder)[0]
+    expected = references[("llama", *variant)][0]
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+    autotp.prepare_start(config)  # back again: the copy goes
+    assert not used.exists()
+    (used / "universal").mkdir(parents=True)
+    manifest.prune(config, step=4)  # and it goes with the first checkpoint written
+    assert not used.exists()
+
+
+def second_half_prepared(config, folder):
+    """Run by every rank: the second half, without a converter to fall back on."""
+    from tp2d_lib.autotp import universal
+
+    convert, universal.convert = universal.convert, None
+    try:
+        return second_half(config, folder)
+    finally:
+        universal.convert = convert
 
 
 @pytest.mark.parametrize(

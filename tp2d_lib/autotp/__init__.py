@@ -18,5 +18,6 @@ if _mlflow is None:
 
 from tp2d_lib.autotp.engine import AutoTPEngine, build_engine, train_func
 from tp2d_lib.autotp.preflight import check
+from tp2d_lib.autotp.universal import prepare_start
 
-__all__ = ["AutoTPEngine", "build_engine", "check", "train_func"]
+__all__ = ["AutoTPEngine", "build_engine", "check", "prepare_start", "train_func"]

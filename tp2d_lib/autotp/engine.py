@@ -33,8 +33,6 @@ from tp2d_lib.model.guards import (
     probe,
 )
 
-TAG = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
-
 
 def train_step(
     engine: AutoTPEngine, batch: list[dict[str, torch.Tensor]]
@@ -187,7 +185,7 @@ class AutoTPEngine:
     def save(self, directory: str | Path) -> None:
         """Write DeepSpeed's checkpoint and the RNG states; every rank must call it."""
         directory = Path(directory)
-        self.wrapped.save_checkpoint(str(directory), tag=TAG)
+        self.wrapped.save_checkpoint(str(directory), tag=universal.FILES)
         if self.mesh["tp"].get_local_rank() == 0:  # equal on the other tp ranks
             torch.save(rng.states(self.device), directory / self.rng_file())
         if dist.get_rank() == 0:
@@ -203,9 +201,9 @@ class AutoTPEngine:
         universal.check(stored, self.config, directory)
         with as_data(directory):
             if stored == universal.layout(self.config):
-                self.load_deepspeed(directory, TAG)
+                self.load_deepspeed(directory, universal.FILES)
             else:
-                self.load_converted(directory / TAG)
+                self.load_converted(directory)
             own = directory / self.rng_file()
             if own.exists():  # missing if saved with fewer dp ranks
                 rng.restore(torch.load(own, weights_only=True))
@@ -213,8 +211,8 @@ class AutoTPEngine:
     def rng_file(self) -> str:
         return f"rng-{self.mesh['dp'].get_local_rank()}.pt"
 
-    def load_converted(self, files: Path) -> None:
-        with universal.converted(files) as folder:
+    def load_converted(self, directory: Path) -> None:
+        with universal.converted(directory, self.config) as folder:
             self.wrapped._config.load_universal_checkpoint = True  # no public API
             self.load_deepspeed(folder, universal.TAG)
             self.wrapped._config.load_universal_checkpoint = False

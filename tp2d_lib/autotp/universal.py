@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -9,15 +10,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM
 
+from tp2d_lib.checkpoint import manifest, resume
+from tp2d_lib.checkpoint.manifest import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
 
+FILES = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 LAYOUT_FILE = "layout.json"  # beside DeepSpeed's files
 TAG = "universal"  # the folder of the converted files
 LAYOUT = ("tp_size", "dp_size", "zero_stage")
@@ -66,31 +70,78 @@ def check(stored: dict, config: TrainConfig, directory: object) -> None:
         )
 
 
-class ConversionError(RuntimeError):
+class ConversionError(CheckpointError):
     """DeepSpeed's converter could not read a checkpoint."""
 
 
+def prepare_start(config: TrainConfig) -> None:
+    """Convert the checkpoint that a run will load, if this layout needs it.
+
+    The driver calls it, holding the run's lease, before any worker holds a GPU: it may
+    take longer than a process group waits. The result is in the run's folder until the
+    run has a newer checkpoint: 12 bytes per parameter, 24 at the peak, when the
+    converter holds extracted and merged slices.
+
+    Raises:
+        ConfigError: it does not fit on the disk.
+        ConversionError: with the converter's last line.
+    """
+    from tp2d_lib.checkpoint import storage  # here: it needs Arrow, an engine does not
+
+    manifest.remove_converted(config)  # made for an earlier start, and not verified
+    for folder in resume.candidates(config):
+        with suppress(CheckpointError):  # damaged: the workers tell, and skip it too
+            manifest.check(folder)
+            if json.loads((folder / LAYOUT_FILE).read_text()) == layout(config):
+                return
+            manifest.verify(folder)
+            break
+    else:
+        return
+    files = manifest.read(folder)["files"].values()
+    storage.check_space(config, 2 * sum(file["size"] for file in files), "conversion")
+    print(f"converting {folder} for another layout, once", flush=True)
+    target = place(folder, config)
+    partial = target.with_name(f"{target.name}{manifest.PARTIAL}")
+    if error := convert(folder / FILES, partial / TAG):
+        raise failed(folder, error)
+    partial.rename(target)
+
+
+def place(checkpoint: Path, config: TrainConfig) -> Path | None:
+    """Where the driver of a run puts a checkpoint that it has converted."""
+    if not (checkpoint / manifest.MANIFEST).exists():  # saved outside a run
+        return None
+    content = manifest.digest_of(manifest.read(checkpoint))
+    return manifest.run_folder(config) / f"{manifest.CONVERTED}{content[:16]}"
+
+
+def failed(checkpoint: Path, error: str) -> ConversionError:
+    return ConversionError(f"{checkpoint} must be convertible: {error}")
+
+
 @contextmanager
-def converted(checkpoint: Path) -> Iterator[Path]:
-    """A folder with the converted checkpoint, one per node; every rank must enter it.
+def converted(checkpoint: Path, config: TrainConfig) -> Iterator[Path]:
+    """A folder with the converted checkpoint; every rank must enter it.
 
-    It is in the node's temporary folder (``TMPDIR``) and takes 12 bytes per parameter,
-    24 at the peak, when the converter holds extracted and merged slices.
-
-    Args:
-        checkpoint: the folder with DeepSpeed's own files.
+    Without a driver that has prepared it, it is made in the temporary folder of each
+    node (``TMPDIR``), while the ranks wait.
 
     Raises:
         ConversionError: with the converter's last line.
     """
+    prepared = place(checkpoint, config)
+    if prepared and prepared.exists():
+        yield prepared
+        return
     node, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
     folder = tempfile.mkdtemp(prefix="tp2d-universal-") if first else None
-    error = convert(checkpoint, Path(folder) / TAG) if first else None
+    error = convert(checkpoint / FILES, Path(folder) / TAG) if first else None
     answers = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (node, folder, error))
     try:
         if errors := [error for _, _, error in answers if error]:
-            raise ConversionError(f"{checkpoint} must be convertible: {errors[0]}")
+            raise failed(checkpoint, errors[0])
         yield next(Path(f) for n, f, _ in answers if n == node and f)
         dist.barrier()  # others may still be reading
     finally:

@@ -16,6 +16,7 @@ from tp2d_lib.validation import UserError
 
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
+CONVERTED = "converted-"  # begins the name of a copy for another layout
 PARTIAL = ".partial"  # ends the name of a folder that is being written or deleted
 
 
@@ -139,18 +140,25 @@ def last_of(config: TrainConfig) -> str | None:
 
 
 def prune(config: TrainConfig, step: int) -> None:
-    """Delete checkpoints beyond ``save_total_limit``, oldest first.
+    """Delete checkpoints beyond ``save_total_limit``, oldest first, and converted ones.
 
     Those after ``step`` do not count: damaged ones that the run went back behind.
     """
     written = [folder for folder in checkpoints(config) if step_of(folder) <= step]
     for folder in written[config.save_total_limit :]:
         remove(folder)
+    remove_converted(config)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; one that is half deleted no longer bears its name."""
     shutil.rmtree(folder.rename(f"{folder}.old{PARTIAL}"))
+
+
+def remove_converted(config: TrainConfig) -> None:
+    """Delete copies made to begin on another layout, once they are not needed."""
+    for folder in run_folder(config).glob(f"{CONVERTED}*"):
+        shutil.rmtree(folder)
 
 
 def remove_leftovers(config: TrainConfig) -> None:

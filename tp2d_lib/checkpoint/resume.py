@@ -54,6 +54,12 @@ def start_of(config: TrainConfig) -> str | None:
     return last or config.resume_from_checkpoint
 
 
+def candidates(config: TrainConfig) -> list[Path]:
+    """The checkpoints of which a run loads the first that is undamaged."""
+    start = config.resume_from_checkpoint
+    return manifest.checkpoints(config) or ([Path(start)] if start else [])
+
+
 def nothing_left(config: TrainConfig, error: object) -> CheckpointError:
     return CheckpointError(
         f"{manifest.run_folder(config)} must hold an undamaged checkpoint to resume "

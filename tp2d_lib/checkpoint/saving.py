@@ -110,9 +110,7 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
     """
     if dist.get_rank() == 0:
         identity.at_start(config)  # now: a checkpoint must not wait for it, or fail
-    folders = manifest.checkpoints(config)
-    if not folders and config.resume_from_checkpoint:
-        folders = [Path(config.resume_from_checkpoint)]
+    folders = resume.candidates(config)
     if not folders:
         return {"step": 0, "position": 0, "history": []}
     for folder in folders:

@@ -74,11 +74,11 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def check_space(config: TrainConfig, needed: int) -> None:
+def check_space(config: TrainConfig, needed: int, what: str = "checkpoint") -> None:
     """Find in the driver that not even one checkpoint fits on the disk.
 
     Args:
-        needed: bytes that a checkpoint has at least.
+        needed: bytes that it has at least.
     """
     path = config.storage_path
     if "://" in path:
@@ -88,7 +88,7 @@ def check_space(config: TrainConfig, needed: int) -> None:
     if free < needed:
         raise ConfigError(
             f"storage_path={path!r} must have at least {needed / 1e9:,.1f} GB free for "
-            f"a checkpoint, but has {free / 1e9:,.1f} GB; delete what is not needed, "
+            f"a {what}, but has {free / 1e9:,.1f} GB; delete what is not needed, "
             "or try another storage_path"
         )
 
