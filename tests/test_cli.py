@@ -118,6 +118,10 @@ def test_demo_then_file_then_flags(tmp_path):
             ["--tp_size", "2", "--resume_from", "gone"],
             "resume_from='gone' must be a run",
         ),
+        (
+            ["--tp_size", "2", "--resume_from", "old", "--run_name", "new"],
+            "run_name='new' cannot be combined with resume_from='old'",
+        ),
         (["--tp_size", "2", "--zero_stage", "5"], "zero_stage=5 must be 0, 1, 2 or 3"),
         (
             ["--tp_size", "2", "--tp_preset", "mixtral"],

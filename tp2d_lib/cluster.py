@@ -8,7 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import ray
 import transformers
@@ -37,7 +39,8 @@ def connect() -> None:
 
     ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
     of your own beside a running one. It lives no longer than this process, so it gets
-    no dashboard, which would open ports and take seconds to start.
+    no dashboard, which would open ports and take seconds to start. Ray asks whoever
+    connects to it for the token in ``~/.ray/auth_token``.
     """
     global own
     quiet()
@@ -63,6 +66,8 @@ def connect() -> None:
                 pass  # no cluster is running
         ray.init(address="local", include_dashboard=False, **options)
         own = True
+        with suppress(OSError):  # Ray lets everybody on this machine read it
+            Path.home().joinpath(".ray", "auth_token").chmod(0o600)
 
 
 def quiet() -> None:

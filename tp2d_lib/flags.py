@@ -95,6 +95,12 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     run = given.pop("resume_from", None)
     if run is not None:
         check_run_name("resume_from", run)
+        if (name := given.get("run_name", run)) != run:
+            raise ConfigError(
+                f"run_name={name!r} cannot be combined with resume_from={run!r}, which "
+                "names the run to go on with; to begin another run where that one is, "
+                "try resume_from_checkpoint with a folder of it"
+            )
     if given.pop("offline_demo", False):
         from tp2d_lib import presets
 

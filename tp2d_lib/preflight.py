@@ -11,7 +11,7 @@ from tp2d_lib.model import build_empty_model, guards, weights
 from tp2d_lib.monitor import reporting
 
 
-def check(config: TrainConfig, engine: str) -> tuple[nn.Module, set[str]]:
+def check(config: TrainConfig, engine: str) -> tuple[nn.Module, dict]:
     """Find in the driver, before any worker starts, what does not fit together.
 
     Args:
@@ -19,16 +19,17 @@ def check(config: TrainConfig, engine: str) -> tuple[nn.Module, set[str]]:
         engine: its name in the manifest of a checkpoint, "fsdp" or "autotp".
 
     Returns:
-        The empty model, and the names of the tensors in its files.
+        The empty model, and the shapes of the tensors in its files, by name.
 
     Raises:
         ConfigError: one sentence: the field, the value, the rule, a value that works.
     """
     guards.check_sizes(config)
     guards.check_compiler(config)
-    stored = weights.stored_names(config)
+    stored = weights.stored_shapes(config)
     storage.check(config)
     model = build_empty_model(config)
+    weights.check_shapes(model, stored, config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
     storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
     resume.check_engine(engine, config)

@@ -41,6 +41,10 @@ def no_type(path: Path) -> None:
     path.write_text(json.dumps({"hidden_size": 8}))
 
 
+def narrower(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 8}))
+
+
 def missing_shard(path: Path) -> None:
     path.write_text(json.dumps({"weight_map": {"lm_head.weight": "other.safetensors"}}))
 
@@ -55,6 +59,11 @@ def missing_shard(path: Path) -> None:
         ("tokenizer.json", empty, "must hold its tokenizer's files"),
         ("tokenizer.json", not_json, "must hold its tokenizer's files"),
         ("tokenizer.json", Path.unlink, "must hold its tokenizer's files"),
+        (
+            "config.json",
+            narrower,
+            "tensors of the sizes in its config.json, ",
+        ),
         ("config.json", not_json, "must be a model directory"),
         ("config.json", no_type, "must be a model directory"),
         ("config.json", empty, "must be a model directory"),

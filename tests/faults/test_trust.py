@@ -2,15 +2,18 @@
 
 import builtins
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from tests.support import autotp as deepspeed_runs
@@ -24,7 +27,7 @@ from tests.support.evil import (
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of
 from tests.support.rules import rules
-from tp2d_lib import autotp, data
+from tp2d_lib import autotp, cluster, data
 from tp2d_lib import model as models
 from tp2d_lib.autotp import rules as partition_rules
 from tp2d_lib.checkpoint import CheckpointError, plain
@@ -245,7 +248,7 @@ def test_pickled_weights_are_refused(custom, tmp_path):
         path.unlink()
     bad = Path(custom.model_name, "pytorch_model.bin")
     torch.save({"weight": Evil(tmp_path / "marker")}, bad)
-    for read in (weights.stored_names, autotp.engine.load_full_model):
+    for read in (weights.stored_shapes, autotp.engine.load_full_model):
         with pytest.raises(ConfigError, match=r"^model_name=.* must hold safetensors"):
             read(custom)
 
@@ -294,3 +297,34 @@ def torch_loads(value):
     torch.save(value, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+STRANGER = """
+import ray, sys
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print("ran", ray.get(ray.remote(lambda: 1).remote()))
+"""
+
+
+@pytest.mark.faults
+def test_a_cluster_of_ours_asks_for_its_token():
+    """Of processes on this machine, too; a control shows that the way in works."""
+    cluster.connect()
+    try:
+        assert cluster.own
+        assert (Path.home() / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
+        address = ray.get_runtime_context().gcs_address
+        said = []
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        for token in ({}, {"RAY_AUTH_TOKEN": "0" * 64}, None):
+            mode = {"RAY_AUTH_MODE": "token" if token != {} else "disabled"}
+            done = subprocess.run(
+                [sys.executable, "-c", STRANGER, address],
+                env={**kept, **mode, **(token or {})},
+                capture_output=True,
+                text=True,
+            )
+            said.append((done.stdout, "InvalidAuthToken" in done.stderr))
+        assert said == [("", True), ("", True), ("ran 1\n", False)]
+    finally:
+        ray.shutdown()

@@ -30,7 +30,7 @@ def check(config: TrainConfig) -> TrainConfig:
     check_attention(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model)
-    missing = weights.own_state(model).keys() - stored
+    missing = weights.own_state(model).keys() - stored.keys()
     if missing:
         raise PlanError(
             f"the files of {config.model_name!r} must name weights as the model does, "

@@ -55,8 +55,8 @@ def no_safetensors(config: TrainConfig) -> ConfigError:
     )
 
 
-def stored_names(config: TrainConfig) -> set[str]:
-    """Names of the tensors in the model's files; reads only their headers.
+def stored_shapes(config: TrainConfig) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in the model's files; reads only their headers.
 
     Raises:
         ConfigError: the files are not safetensors, or not all of what they should be.
@@ -65,12 +65,32 @@ def stored_names(config: TrainConfig) -> set[str]:
         directory = model_directory(config)
         check_index(config, directory / "model.safetensors.index.json")
         files = directory.glob("*.safetensors")
-        return {name for path in sorted(files) for name in names_in(path, config)}
+        shapes = [shapes_in(path, config) for path in sorted(files)]
+        return {name: shape for each in shapes for name, shape in each.items()}
     repository = {"repo_id": config.model_name, "revision": config.model_revision}
     try:
-        return set(get_safetensors_metadata(**repository).weight_map)
+        files = get_safetensors_metadata(**repository).files_metadata.values()
     except NotASafetensorsRepoError as error:
         raise no_safetensors(config) from error
+    return {name: info.shape for file in files for name, info in file.tensors.items()}
+
+
+def check_shapes(
+    model: nn.Module, stored: dict[str, list[int]], config: TrainConfig
+) -> None:
+    """The sizes in ``config.json`` are those of the tensors in the files.
+
+    Raises:
+        ConfigError: names the first tensor that is not as large as the model's.
+    """
+    for name, tensor in model.state_dict().items():
+        sizes = list(tensor.shape)
+        if (found := list(stored.get(name, sizes))) != sizes:
+            raise ConfigError(
+                f"model_name={config.model_name!r} must hold tensors of the sizes in "
+                f"its config.json, which makes {name} {sizes}, not {found}; try "
+                "another copy of the model"
+            )
 
 
 def check_index(config: TrainConfig, path: Path) -> None:
@@ -86,11 +106,12 @@ def check_index(config: TrainConfig, path: Path) -> None:
         raise damaged(config, path.with_name(missing[0]), "it is in the index only")
 
 
-def names_in(path: Path, config: TrainConfig) -> list[str]:
-    """Names of the tensors in a file that is as long as its header says."""
+def shapes_in(path: Path, config: TrainConfig) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a file that is as long as its header says."""
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            names = file.keys()
+            return {name: file.get_slice(name).get_shape() for name in names}
     except (OSError, SafetensorError) as error:
         raise damaged(config, path, first_line(error)) from error
 
