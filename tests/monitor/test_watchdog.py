@@ -77,11 +77,37 @@ def test_other_phases_take_as_long_as_they_take(phase):
     ranks.set(0, phase=phase)
     assert ranks.wait(3600) is None
     ranks.all(phase=phase)
-    assert ranks.wait(3600) is None
+    for line in range(6):  # one rank moves on, the others wait for it
+        ranks.set(0, where=f"write (integrity.py:{line})")
+        assert ranks.wait(590) is None
+    ranks.set(0, where="read (integrity.py:1)")
     assert ranks.wait(590, silent=[0]) is None
     assert ranks.wait(20, silent=[0]).startswith("rank 0 on host node0 has said")
+    ranks.all(phase="end")
     ranks.set(0, phase="done")
     assert ranks.wait(3600, silent=[0]) is None
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "save"])
+def test_ranks_that_wait_for_each_other_for_ever_are_noticed(phase):
+    """They answer, but in ten minutes none of them has left its line."""
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    ranks.all(phase=phase)
+    ranks.set(2, where="gather_object (saving.py:71)")
+    assert ranks.wait(600) is None
+    assert ranks.wait(5).startswith(
+        "no rank has left its line of code for 601 s: rank 2 on host node1 at step 3 in"
+    )
+
+
+@pytest.mark.parametrize("phase", ["load", "first step", "end"])
+def test_a_phase_of_one_long_call_may_stand_still(phase):
+    """A download, a compilation, an export."""
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    ranks.all(phase=phase)
+    assert ranks.wait(3600) is None
 
 
 def test_time_in_which_all_slept_does_not_count():

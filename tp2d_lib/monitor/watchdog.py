@@ -24,6 +24,7 @@ LEAST_S = 120.0  # without a step, or without a word while stepping
 PATIENT_S = 600.0  # without a word otherwise: a C call may hold Python's lock for long
 TRACES = "traces_of_hang"  # folder in the run's folder
 STEP = "step"  # the phase in which steps must follow each other
+TOGETHER = ("evaluate", "save")  # phases in which ranks wait for each other
 NCCL_ENV = {  # see torch's ProcessGroupNCCL.hpp and FlightRecorder.hpp, and nccl_ras.py
     "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that each rank remembers
     "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",  # logs, if NCCL's `ncclras` is there
@@ -150,6 +151,8 @@ class Watchdog:
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> last count, when
         self.steps: dict[int, int] = {}
         self.moved = 0.0
+        self.places: dict[int, tuple] = {}  # rank -> step, phase and line of code
+        self.left = 0.0
 
     def judge(self, beats: dict[int, dict], now: float) -> str | None:
         """What hangs, in one clause, or None; to be called every second or so."""
@@ -158,7 +161,7 @@ class Watchdog:
             self.begin_attempt()  # this process was suspended, and heard nobody
         self.looked = now
         beats = {rank: beat for rank, beat in beats.items() if beat["phase"] != "done"}
-        stuck = self.standstill(beats, now, limit)
+        stuck = self.standstill(beats, now, limit) or self.freeze(beats, now, limit)
         return self.silence(beats, now, 0 if stuck else limit) or stuck
 
     def silence(self, beats: dict, now: float, limit: float) -> str | None:
@@ -194,6 +197,17 @@ class Watchdog:
             return None
         found = "; ".join(groups(beats))
         return f"no rank has finished a step for {now - self.moved:.0f} s: {found}"
+
+    def freeze(self, beats: dict, now: float, limit: float) -> str | None:
+        """Ranks that evaluate or save, answer, and yet wait for each other for ever."""
+        places = {r: (b["step"], b["phase"], b["where"]) for r, b in beats.items()}
+        together = beats and all(beat["phase"] in TOGETHER for beat in beats.values())
+        if places != self.places or not together:
+            self.places, self.left = places, now
+        if now - self.left <= max(limit, PATIENT_S):
+            return None
+        found = "; ".join(groups(beats))
+        return f"no rank has left its line of code for {now - self.left:.0f} s: {found}"
 
     def kill(self, beats: dict[int, dict]) -> None:
         """End these workers, so that Ray Train sees the attempt fail; does not wait."""
