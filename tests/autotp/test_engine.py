@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM
 from tests.support import damage, reference
 from tests.support.autotp import STAGES, make_config, train
 from tests.support.models import write_model
-from tests.support.parity import make_steps, share_of, train_references
+from tests.support.parity import (
+    assert_weights_equal,
+    make_steps,
+    share_of,
+    train_references,
+)
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.autotp import engine as autotp_engine
 from tp2d_lib.autotp.zero import deepspeed_config
@@ -74,8 +79,7 @@ def test_mesh_equals_one_process(
             torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)
             torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-4, atol=0)
         exported = AutoModelForCausalLM.from_pretrained(folder / "export")
-        for key, tensor in exported.named_parameters():
-            torch.testing.assert_close(tensor, weights[key], rtol=0, atol=1e-4)
+        assert_weights_equal(dict(exported.named_parameters()), weights)
 
 
 def train_from_own_seed(config, rows):
@@ -279,8 +283,7 @@ def test_another_mesh_goes_on_with_the_same_run(
     got += pools(4, f"autotp-{after}").run(second_half, config, folder)[0]
     torch.testing.assert_close(got, losses, rtol=1e-5, atol=0)
     exported = AutoModelForCausalLM.from_pretrained(f"{folder}-export")
-    for key, tensor in exported.named_parameters():
-        torch.testing.assert_close(tensor, weights[key], rtol=0, atol=1e-4)
+    assert_weights_equal(dict(exported.named_parameters()), weights)
 
 
 def test_the_plan_may_change_with_the_checkpoint(models, references, pools, tmp_path):

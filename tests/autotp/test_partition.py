@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.autotp import STAGES, make_config, train
 from tests.support.models import write_model
-from tests.support.parity import train_references
+from tests.support.parity import assert_weights_equal, train_references
 from tests.support.rules import (
     ATTENTION,
     COLUMNS,
@@ -91,8 +91,7 @@ def test_every_source_equals_one_process(
         torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)
         torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-4, atol=0)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    for key, tensor in exported.named_parameters():
-        torch.testing.assert_close(tensor, weights[key], rtol=0, atol=1e-4)
+    assert_weights_equal(dict(exported.named_parameters()), weights)
 
 
 def kinds_of(config):

@@ -6,6 +6,7 @@ import torch
 from tests.support.models import CONFIGS, write_model
 from tests.support.parity import (
     MAX_GRAD_NORM,
+    assert_weights_equal,
     make_config,
     make_steps,
     share_of,
@@ -79,10 +80,7 @@ def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path
             torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=0)
         weights = ranks[0][2]
         assert weights.keys() == expected[2].keys()
-        for key, weight in weights.items():
-            torch.testing.assert_close(
-                weight, expected[2][key], rtol=0, atol=1e-4, msg=f"{variant} {key}"
-            )
+        assert_weights_equal(weights, expected[2], variant)
 
 
 def test_reference_clips_and_moves(references, models):

@@ -49,6 +49,21 @@ def train_references(models: dict, variants: list) -> dict:
     }
 
 
+def assert_weights_equal(got: dict, expected: dict, where: object = "") -> None:
+    """Weights of a mesh are those of ``reference.train``, where these are settled."""
+    every = torch.cat([weight.settled.flatten() for weight in expected.values()])
+    assert every.float().mean() > 0.9, every.float().mean()
+    for name, weight in got.items():
+        settled = expected[name].settled
+        torch.testing.assert_close(
+            weight[settled],
+            expected[name][settled],
+            rtol=0,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{where} {name}: {text}",
+        )
+
+
 def make_config(model_dir, storage, tp_size, dp_size, variant, **settings):
     """The configuration of one run on a mesh, as the references have it."""
     _, accumulation, optimizer = variant

@@ -10,6 +10,9 @@ OPTIMIZERS = {
 }
 
 
+LOST = 1e-4  # of a parameter's largest gradient: below, rounding decides the sign
+
+
 def train(
     model_dir: str,
     optimizer: str,
@@ -17,7 +20,11 @@ def train(
     max_grad_norm: float,
     rng_state: torch.Tensor | None = None,
 ):
-    """Losses, gradient norms and final weights.
+    """Losses, gradient norms and final weights, on which rounding has little effect.
+
+    AdamW moves a weight by its learning rate however small the gradient is, so the sign
+    of one that is lost in rounding decides where it goes. ``settled``, an attribute of
+    each weight, is False for the elements that ever had such a gradient.
 
     ``steps`` holds, for each optimizer step, a list of micro-batches, each a pair
     ``(input_ids, labels)`` of shape (rows, seq); the rows of all dp ranks are in it.
@@ -26,6 +33,7 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
     update = OPTIMIZERS[optimizer](model.parameters())
     losses, norms = [], []
+    settled = {k: torch.ones_like(p).bool() for k, p in model.named_parameters()}
     if rng_state is not None:  # for models with dropout
         torch.set_rng_state(rng_state)
     for micro_batches in steps:
@@ -39,8 +47,14 @@ def train(
             (loss / valid).backward()
             total += loss.item() / valid.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        for name, parameter in model.named_parameters():
+            size = parameter.grad.abs()
+            settled[name] &= (size == 0) | (size > LOST * size.max())
         update.step()
         update.zero_grad()
         losses.append(total)
         norms.append(norm.item())
-    return losses, norms, {k: v.detach() for k, v in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for name, weight in weights.items():
+        weight.settled = settled[name] | (optimizer == "sgd")
+    return losses, norms, weights
