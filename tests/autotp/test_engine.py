@@ -317,7 +317,7 @@ def test_the_driver_converts_once_before_the_workers(
     moved = replace(moved, run_name="run")
     autotp.prepare_start(moved)
     said = capsys.readouterr().out
-    assert said == f"converting {run}/checkpoint-000002 for another layout, once\n"
+    assert said == "converting checkpoint-000002 for another layout, once\n"
     used = next(run.glob("converted-*"))
     folder = str(run / "checkpoint-000002")
     losses += pools(4, "autotp-(1, 4)").run(second_half_prepared, moved, folder)[0]

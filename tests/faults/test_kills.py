@@ -56,6 +56,7 @@ def dies_at(phase: str, victim: int):
     def train(config):
         marker = Path(config.storage_path, config.run_name, f"died-{config.seed}")
         back = marker.with_name("back")  # when another attempt computes again
+        again = marker.exists()
 
         def die_once(now: str, step: int = 4):
             mine = dist.get_rank() == victim and now == phase
@@ -72,7 +73,7 @@ def dies_at(phase: str, victim: int):
         rename = manifest.publish
 
         def stepping(*args, **kwargs):
-            if marker.exists() and not back.exists():
+            if again and not back.exists():
                 back.touch()
             die_once("mid-step", loader.step)
             return forward(*args, **kwargs)

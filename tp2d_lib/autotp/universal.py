@@ -100,7 +100,7 @@ def prepare_start(config: TrainConfig) -> None:
         return
     files = manifest.read(folder)["files"].values()
     storage.check_space(config, 2 * sum(file["size"] for file in files), "conversion")
-    print(f"converting {folder} for another layout, once", flush=True)
+    print(f"converting {folder.name} for another layout, once", flush=True)
     target = place(folder, config)
     partial = target.with_name(f"{target.name}{manifest.PARTIAL}")
     if error := convert(folder / FILES, partial / TAG):
