@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.support import commands
 from tests.support.commands import finish, shards, start, wait_for
-from tests.support.demo import train_without_ray
+from tests.support.demo import uninterrupted
 from tp2d_lib import cli, fsdp, launch, loop
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.data import build_dataloader
@@ -37,11 +37,7 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(storage, pools):
-    """The shards at the end of training that nothing interrupts."""
-    config = build_config("demo", str(storage), tp_size=2, **SETTINGS)
-    config = launch.prepare(fsdp.check(config))
-    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
-    return shards(storage / "whole")
+    return uninterrupted(pools, storage, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -59,11 +59,7 @@ def missing_shard(path: Path) -> None:
         ("tokenizer.json", empty, "must hold its tokenizer's files"),
         ("tokenizer.json", not_json, "must hold its tokenizer's files"),
         ("tokenizer.json", Path.unlink, "must hold its tokenizer's files"),
-        (
-            "config.json",
-            narrower,
-            "tensors of the sizes in its config.json, ",
-        ),
+        ("config.json", narrower, "tensors of the sizes in its config.json, "),
         ("config.json", not_json, "must be a model directory"),
         ("config.json", no_type, "must be a model directory"),
         ("config.json", empty, "must be a model directory"),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
-from tests.support.demo import train_without_ray
+from tests.support.demo import uninterrupted
 from tp2d_lib import cluster, fsdp, launch, loop
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import build_dataloader
@@ -51,11 +51,7 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(storage, pools):
-    """The shards at the end of training that nothing interrupts."""
-    config = build_config("demo", str(storage), tp_size=2, **SETTINGS)
-    config = launch.prepare(fsdp.check(config))
-    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
-    return shards(storage / "whole")
+    return uninterrupted(pools, storage, **SETTINGS)
 
 
 def tells_its_node(config):

@@ -41,11 +41,12 @@ def wait_until(condition, seconds=150):
 
 
 def wait_for(condition, process, seconds=150):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.05)
+    def is_met():
+        met = condition()
+        assert met or process.poll() is None, process.communicate()
+        return met
+
+    wait_until(is_met, seconds)
 
 
 def last(run) -> str | None:

@@ -2,10 +2,12 @@
 
 from importlib import import_module
 
-from tp2d_lib import loop
+from tests.support.commands import shards
+from tp2d_lib import fsdp, launch, loop
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
+from tp2d_lib.presets import build_config
 
 GLOBAL_BATCH = 4
 
@@ -22,6 +24,14 @@ def make_config(paths, storage, tp_size, dp_size, **settings):
         storage_path=str(storage),
         **settings,
     )
+
+
+def uninterrupted(pools, storage, **settings) -> dict[str, str]:
+    """The shards of a run on two tp ranks that nothing interrupts, by checksum."""
+    config = build_config("demo", str(storage), tp_size=2, **settings)
+    config = launch.prepare(fsdp.check(config))
+    pools(2).run(train_without_ray, "fsdp", config, str(storage / "whole"))
+    return shards(storage / "whole")
 
 
 def train_without_ray(engine, config, folder):
