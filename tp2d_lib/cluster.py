@@ -1,13 +1,12 @@
-"""The Ray cluster that a run uses: joined if one is running, else one of our own."""
+"""The Ray cluster that a run uses: the one that is named, else one of our own."""
 
 from __future__ import annotations
 
 import copyreg
 import logging
 import os
+import socket
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -19,55 +18,131 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tp2d_lib
-from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.monitor import signals, watchdog
+from tp2d_lib.config import ConfigError, first_line
+from tp2d_lib.environment import WORKER_ENV
+from tp2d_lib.monitor import signals
 
-WORKER_ENV = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # slow machines import slowly
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # to wait for a rank that never reports
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
-    **watchdog.NCCL_ENV,
-}
-REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 own = False  # whether this process started the cluster
 
 
 def connect() -> None:
-    """Join the running Ray cluster, or start one on this machine.
+    """Join the Ray cluster that is named, or start one on this machine; say which.
 
-    ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
-    of your own beside a running one. It lives no longer than this process, so it gets
-    no dashboard, which would open ports and take seconds to start. Ray asks whoever
-    connects to it for the token in ``~/.ray/auth_token``.
+    One is named by ``RAY_ADDRESS``, or by this user's ``ray start`` on this machine; a
+    cluster that another process started for itself is not joined, nor with
+    ``RAY_ADDRESS=local`` any other. Our own lives no longer than this process, so it
+    gets no dashboard, which would open ports and take seconds to start. Ray asks
+    whoever connects to it for the token in ``~/.ray/auth_token``. ``tp2d_lib`` is sent
+    to every worker.
+
+    Raises:
+        ConfigError: the cluster does not answer, or it is joined already, without
+            ``tp2d_lib`` on some node.
     """
     global own
     quiet()
     pickle_config_modules()
-    if ray.is_initialized():
-        return
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
-    options = {
-        "runtime_env": {
+    if ray.is_initialized():
+        return check_package()
+    named = os.environ.get("RAY_ADDRESS")
+    with signals.handlers_kept():
+        own = named == "local" or not (join(named) if named else was_started_here())
+        if own:
+            start()
+    address = ray.get_runtime_context().gcs_address
+    print(
+        f"started a Ray cluster on this machine, at {address}, for this process"
+        if own
+        else f"joined the Ray cluster at {address}: {len(nodes())} nodes, {gpus()} GPUs"
+    )
+
+
+def init(address: str | None) -> None:
+    ray.init(
+        address=address,
+        include_dashboard=False,
+        runtime_env={
             "py_modules": [tp2d_lib],
             "env_vars": {name: os.environ[name] for name in WORKER_ENV},
         },
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-    }
-    with signals.handlers_kept():
-        if os.environ.get("RAY_ADDRESS") != "local":
-            try:
-                ray.init(address="auto", **options)
-                return
-            except ConnectionError:
-                pass  # no cluster is running
-        ray.init(address="local", include_dashboard=False, **options)
-        own = True
-        with suppress(OSError):  # Ray lets everybody on this machine read it
-            Path.home().joinpath(".ray", "auth_token").chmod(0o600)
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def join(address: str) -> bool:
+    try:
+        if address != "auto":
+            answers(address)
+        init(address)
+    except Exception as error:  # of many types, for whatever the address may be
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} must be the address of a running Ray cluster "
+            f"({first_line(error)}); try RAY_ADDRESS=local for one of this process"
+        ) from error
+    return True
+
+
+def was_started_here() -> bool:
+    """Join the cluster of this user's ``ray start`` on this machine, if it runs."""
+    record = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if not record.exists() or record.stat().st_uid != os.getuid():
+        return False
+    try:
+        answers(record.read_text().strip())
+    except (OSError, ValueError):
+        return False  # it ended without `ray stop`
+    init(None)  # Ray reads the record, too
+    return True
+
+
+def answers(address: str) -> None:
+    """Ray would wait for minutes for a cluster that is not there.
+
+    Raises:
+        OSError, ValueError: nothing listens at the address, or it is none.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def start() -> None:
+    init("local")
+    with suppress(OSError):  # Ray lets everybody on this machine read it
+        Path.home().joinpath(".ray", "auth_token").chmod(0o600)
+
+
+def check_package() -> None:
+    """Every node can import ``tp2d_lib``, though others have called ``ray.init``.
+
+    Ray uploads packages in ``ray.init`` only.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in nodes() if node["NodeID"] != here]
+    try:
+        ray.get([on_node(node, has_package).remote() for node in others])
+    except ray.exceptions.RayError as error:
+        raise ConfigError(
+            "ray.init() must send tp2d_lib to all nodes, some of which do not have it; "
+            "try runtime_env={'py_modules': [tp2d_lib]}, or launch.connect() instead"
+        ) from error
+
+
+def on_node(node_id: str, function):
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0)(function).options(scheduling_strategy=here)
+
+
+def has_package() -> None:
+    """Runs where it can be unpickled, which needs this module."""
 
 
 def quiet() -> None:
@@ -104,54 +179,9 @@ def free_workers() -> None:
             )
 
 
-def wait_for_gpus(
-    config: TrainConfig, show: Callable[..., None], seconds: float = REPLACE_S
-) -> None:
-    """Wait until a lost node's GPUs are replaced; Ray would, silently and for ever.
-
-    Raises:
-        ConfigError: they were not.
-    """
-    deadline, said = time.monotonic() + seconds, False
-    while gpus() < config.num_workers and time.monotonic() < deadline:
-        if not said:
-            show(f"waiting for {config.num_workers} GPUs, the cluster has {gpus()}")
-            said = True
-        time.sleep(1)
-    check_gpus(config)
-
-
-def pick_device(config: TrainConfig) -> str:
-    """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
-
-    Raises:
-        ConfigError: there are too few GPUs.
-    """
-    if config.device == "cpu":
-        return "cpu"
-    connect()
-    if config.device == "auto" and gpus() == 0:
-        return "cpu"
-    check_gpus(config)
-    for node in ray.nodes():
-        here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
-        if here % config.tp_size:
-            print(
-                f"Note: node {node['NodeManagerHostname']} has {here} GPUs, not a "
-                f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
-                "where every layer waits for the network."
-            )
-    return "cuda"
+def nodes() -> list[dict]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def check_gpus(config: TrainConfig) -> None:
-    if (found := gpus()) < config.num_workers:
-        fits = f"tp_size and dp_size whose product is at most {found}, or "
-        raise ConfigError(
-            f"num_workers={config.num_workers} must not exceed the cluster's {found} "
-            f"GPUs; try {fits * (found > 0)}device='cpu'"
-        )

@@ -72,6 +72,11 @@ class TrainConfig:
     num_workers: int | None = setting(
         None, "number of ranks; if omitted, tp_size * dp_size"
     )
+    tp_across_nodes: str = setting(
+        "refuse",
+        "TP groups that span nodes, where every layer waits for the network",
+        ("refuse", "warn", "allow"),
+    )
 
     batch_size_per_gpu: int = setting(1, "rows per micro-batch on each dp rank")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")

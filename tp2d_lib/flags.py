@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 from tp2d_lib.validation import check_run_name
 
@@ -123,10 +124,14 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
 def values_of_run(run: str, values: dict[str, Any]) -> dict[str, Any]:
     """What a run was last started with, from the configuration in its folder."""
     storage = checked_storage(values.get("storage_path") or TrainConfig.storage_path)
-    path = Path(storage, run, "config.yaml")
-    if not path.is_file():  # check_run_exists tells
-        return {}
-    stored = read_file(str(path))
+    path = store.path(storage) / run / "config.yaml"
+    try:
+        stored = values_in(path) if path.is_file() else {}  # check_run_exists tells
+    except OSError as error:
+        raise ConfigError(
+            f"storage_path={storage!r} must be readable ({first_line(error)}); try "
+            "another one, or its credentials"
+        ) from error
     cache = stored.get("cache_dir") or f"{stored.get('storage_path')}/data"
     for name in ("prepared_data", "prepared_eval_data"):  # found again, or made
         if str(stored.get(name)).startswith(f"{cache}/"):
@@ -147,25 +152,27 @@ def read_file(path: str | None) -> dict[str, Any]:
     Of several documents the last one counts: a run's own ``config.yaml`` has one for
     each time the run was started.
     """
-    if path is None:
-        return {}
+    return {} if path is None else values_in(Path(os.path.expanduser(path)))
+
+
+def values_in(path: Path | store.RemotePath) -> dict[str, Any]:
     try:
-        text = Path(os.path.expanduser(path)).read_text("utf-8")
+        text = path.read_text("utf-8")
         documents = list(yaml.safe_load_all(text))
         values = (documents or [None])[-1] or {}
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not keys")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"config={path!r} must be a YAML file ({first_line(error)}); try the line "
-            "'tp_size: 2'"
+            f"config={str(path)!r} must be a YAML file ({first_line(error)}); try the "
+            "line 'tp_size: 2'"
         ) from error
     names = {f.name: f.name for f in fields(TrainConfig)}
     names |= {flag: name for name, flag in FLAGS.items()}
     for key in values:
         if key not in names:
             raise ConfigError(
-                f"{key!r} in config={path!r} must be a field of TrainConfig; "
+                f"{key!r} in config={str(path)!r} must be a field of TrainConfig; "
                 f"try {closest(key, names)!r}"
             )
     return {names[key]: value for key, value in values.items()}
@@ -176,9 +183,12 @@ def check_run_exists(config: TrainConfig) -> None:
 
     if checkpoint.last_of(config) is None:
         name, storage = config.run_name, config.storage_path
-        runs = sorted(
-            {path.parent.name for path in Path(storage).glob("*/checkpoint-*")}
-        )
+        home = store.path(storage)
+        runs = [
+            run
+            for run in sorted(store.names(home))
+            if any(name.startswith("checkpoint-") for name in store.names(home / run))
+        ]
         raise ConfigError(
             f"resume_from={name!r} must be a run with a checkpoint in {storage}; "
             f"{'try ' + closest(name, runs) if runs else 'there is none yet'}"

@@ -7,13 +7,17 @@ import io
 import os
 from pathlib import Path
 
+from tp2d_lib import store
+
 
 class HashedFile(io.BufferedWriter):
     """A new file that is hashed while it is written, so that it is never read again."""
 
     def __init__(self, path: str | Path):
-        super().__init__(io.FileIO(path, "w"), 1 << 20)
-        self.path, self.sha256 = os.path.abspath(path), hashlib.sha256()
+        remote = store.is_remote(path)
+        file = store.path(path).open("wb") if remote else io.FileIO(path, "w")
+        super().__init__(file, 1 << 20)
+        self.path, self.sha256 = key(path), hashlib.sha256()
 
     def write(self, data) -> int:
         self.sha256.update(data)
@@ -31,9 +35,13 @@ class HashedFile(io.BufferedWriter):
 WRITTEN: dict[str, str] = {}  # SHA-256 of this process's hashed files, by path
 
 
+def key(path: object) -> str:
+    return str(path) if store.is_remote(path) else os.path.abspath(path)
+
+
 def take_written(directory: Path) -> dict[str, dict]:
     """Size and SHA-256 of the hashed files in a folder, by name; forgets them."""
-    start = f"{os.path.abspath(directory)}/"
+    start = f"{key(directory)}/"
     names = [path.removeprefix(start) for path in WRITTEN if path.startswith(start)]
     return {name: entry(directory / name, WRITTEN.pop(start + name)) for name in names}
 
@@ -45,7 +53,7 @@ def entry(path: Path, sha256: str | None = None) -> dict:
 
 def digest(path: Path) -> str:
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()

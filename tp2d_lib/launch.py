@@ -9,17 +9,26 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import ray
 import ray.train
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tp2d_lib import attempts, checkpoint, cluster, data, evaluate
+from tp2d_lib import (
+    attempts,
+    checkpoint,
+    cluster,
+    data,
+    environment,
+    evaluate,
+    placement,
+    store,
+)
 from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
-from tp2d_lib.cluster import connect, pick_device, quiet
+from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import failures, progress, reporting, signals
+from tp2d_lib.placement import pick_device
 
 __all__ = ["as_yaml", "connect", "pick_device", "prepare", "quiet", "run", "train"]
 
@@ -78,6 +87,7 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
 def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     """``train`` as the only process that writes into the run's folder."""
     connect()
+    placement.check_nodes(config)
     storage.append(config, "config.yaml", as_yaml(config))
     prepare_start(config)
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
@@ -124,28 +134,29 @@ def build_trainer(
     train_func, config: TrainConfig, callbacks, holder, show
 ) -> TorchTrainer:
     cluster.free_workers()
+    try:
+        nodes = placement.find(config, show)
+    except ConfigError as error:
+        raise Failed(str(error)) from error
     use_gpu = config.device == "cuda"
-    if use_gpu:
-        try:
-            cluster.wait_for_gpus(config, show)
-        except ConfigError as error:
-            raise Failed(str(error)) from error
-    cpus = ray.cluster_resources().get("CPU", 1)
+    variables, secrets = environment.to_send()
+    remote = store.is_remote(config.storage_path)
+    files, path = store.path(config.storage_path).place if remote else (None, "")
     return TorchTrainer(
-        lambda: failures.on_rank(train_func, config, holder),
+        lambda: failures.on_rank(train_func, config, holder, secrets),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": min(1, cpus / config.num_workers),
-                **({"GPU": 1} if use_gpu else {}),
-            },
+            resources_per_worker=placement.resources(config),
+            label_selector=nodes,
         ),
         run_config=ray.train.RunConfig(
             name=config.run_name,
-            storage_path=config.storage_path,
+            storage_path=path if files else config.storage_path,
+            storage_filesystem=files,
             callbacks=callbacks,
+            worker_runtime_env={"env_vars": variables},
             failure_config=ray.train.FailureConfig(  # see attempts
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -173,7 +184,7 @@ def finished(config: TrainConfig) -> ray.train.Result | None:
     )
     path = str(manifest.run_folder(config))
     return ray.train.Result(
-        {"step": loader.step}, ray.train.Checkpoint(start), error=None, path=path
+        {"step": loader.step}, checkpoint.as_checkpoint(start), error=None, path=path
     )
 
 

@@ -52,6 +52,7 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
                 state["history"] = metrics.history
                 health.check_weights(engine, step)
                 checkpoint.commit(engine, state, config)
+                metrics.upload()
                 metrics.reset()  # exclude the time to save from the speed
             if stop:
                 break

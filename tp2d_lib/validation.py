@@ -154,6 +154,13 @@ def check_combinations(config: Any) -> None:
             f"storage_path={config.storage_path!r} is remote, because tokenised rows "
             "are memory-mapped; try cache_dir='/mnt/cluster_storage/data'"
         )
+    for name in ("cache_dir", "prepared_data", "prepared_eval_data"):
+        if "://" in (getattr(config, name) or ""):
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} must be a folder on a disk that "
+                "every node sees, because rows of tokens are memory-mapped; try "
+                f"{name}='/mnt/cluster_storage/data'"
+            )
     length, tp_size = config.seq_length, config.tp_size
     if length % tp_size:
         fits = max(length // tp_size, 1) * tp_size

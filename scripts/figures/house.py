@@ -21,6 +21,7 @@ loop.py: the loop of both
 preflight.py: checks in the driver
 
 attempts.py: restarts what can succeed
+placement.py: device and nodes
 cluster.py: joins or starts Ray
 
 monitor/: metrics, progress, health
@@ -33,8 +34,11 @@ model/: a Hugging Face decoder
 
 config.py: values only
 mesh.py: (dp, tp) ranks
-validation.py: their rules
-integrity.py: file digests
+
+validation.py: rules
+integrity.py: digests
+store.py: disk or bucket
+environment.py: sent along
 processes.py: who lives"""
 
 LEFT, TOP, WIDTH, HEIGHT = 54, 76, 686, 64  # of the first band
@@ -54,15 +58,15 @@ def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -
 
 
 def house() -> Figure:
-    """The package in eight layers: imports run downward only
+    """The package in nine layers: imports run downward only
 
-    Eight layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
+    Nine layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
     between them because they never import each other; flags, launch, loop and
-    preflight; attempts and cluster; monitor, evaluate and presets; checkpoint, data and
-    model; config, mesh, validation, integrity and processes. An arrow labelled imports
-    points down the left side.
+    preflight; attempts, placement and cluster; monitor, evaluate and presets;
+    checkpoint, data and model; config and mesh; validation, integrity, store,
+    environment and processes. An arrow labelled imports points down the left side.
     """
-    fig = Figure(760, 742, house.__doc__)
+    fig = Figure(760, 818, house.__doc__)
     layers = LAYERS.split("\n\n")
     for i, layer in enumerate(layers):
         sides = layer.split("\n-\n")

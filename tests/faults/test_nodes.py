@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
 from tests.support.demo import uninterrupted
-from tp2d_lib import cluster, fsdp, launch, loop
+from tp2d_lib import cluster, fsdp, launch, loop, placement
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
@@ -124,21 +124,21 @@ def test_a_node_is_about_to_be_taken_away(whole, nodes, storage, survived, capsy
 
 def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
     """Declared GPUs: this is the driver's part only."""
-    first = nodes.add_node(num_gpus=1)
-    nodes.add_node(num_gpus=1)
+    first = nodes.add_node(num_cpus=2, num_gpus=2)
     nodes.wait_for_nodes()
-    settings = {"tp_size": 2, "device": "cuda"}
-    config, said = build_config("demo", str(storage), **settings), []
+    config, said = build_config("demo", str(storage), tp_size=2, device="cuda"), []
     launch.connect()
-    cluster.wait_for_gpus(config, said.append, seconds=2)
+    placement.find(config, said.append, seconds=2)
     assert not said
     nodes.remove_node(first, allow_graceful=False)
-    wait_until(lambda: cluster.gpus() == 1)
-    with pytest.raises(ConfigError, match=r"num_workers=2 .* the cluster's 1 GPUs"):
-        cluster.wait_for_gpus(config, said.append, seconds=2)
-    assert said == ["waiting for 2 GPUs, the cluster has 1"]
+    wait_until(lambda: cluster.gpus() == 0)
+    with pytest.raises(
+        ConfigError, match=r"num_workers=2 must find free .* 1 x 2 GPUs"
+    ):
+        placement.find(config, said.append, seconds=2)
+    assert said == ["waiting for 1 x 2 GPUs, each on one node"]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(cluster.wait_for_gpus, config, said.append, seconds=60)
+        waiting = pool.submit(placement.find, config, said.append, seconds=60)
         wait_until(lambda: len(said) == 2)
-        nodes.add_node(num_gpus=1)
-        waiting.result(timeout=60)
+        nodes.add_node(num_cpus=2, num_gpus=2)
+        assert len(waiting.result(timeout=60)) == 2

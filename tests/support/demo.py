@@ -34,8 +34,11 @@ def uninterrupted(pools, storage, **settings) -> dict[str, str]:
     return shards(storage / "whole")
 
 
-def train_without_ray(engine, config, folder):
-    """Run by every rank: all steps of a run in a loop of its own, then its shards."""
+def train_without_ray(engine, config, folder, finish="save"):
+    """Run by every rank: all steps of a run in a loop of its own, then its shards.
+
+    Or, with ``finish="export"``, the model.
+    """
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
     loader = build_dataloader(config, mesh)
@@ -44,5 +47,5 @@ def train_without_ray(engine, config, folder):
         for group in built.optimizer.param_groups:
             group["lr"] = loop.learning_rate(step, total, config)
         figures.append(tuple(map(float, built.step(batch))))
-    built.save(folder)
+    getattr(built, finish)(folder)
     return figures

@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch.distributed.device_mesh import DeviceMesh
 
 from tp2d_lib import model as models
+from tp2d_lib import store
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
 from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
@@ -184,10 +185,12 @@ class AutoTPEngine:
 
     def save(self, directory: str | Path) -> None:
         """Write DeepSpeed's checkpoint and the RNG states; every rank must call it."""
-        directory = Path(directory)
-        self.wrapped.save_checkpoint(str(directory), tag=universal.FILES)
+        directory = store.path(directory)
+        with self.wrapped.checkpoint_engine.writing_to(directory) as local:
+            self.wrapped.save_checkpoint(str(local), tag=universal.FILES)
         if self.mesh["tp"].get_local_rank() == 0:  # equal on the other tp ranks
-            torch.save(rng.states(self.device), directory / self.rng_file())
+            with (directory / self.rng_file()).open("wb") as file:
+                torch.save(rng.states(self.device), file)
         if dist.get_rank() == 0:
             (directory / universal.LAYOUT_FILE).write_text(
                 json.dumps(universal.layout(self.config))
@@ -196,17 +199,19 @@ class AutoTPEngine:
 
     def load(self, directory: str | Path) -> None:
         """Load a checkpoint, from this mesh or another one; every rank must call it."""
-        directory = Path(directory)
+        directory = store.path(directory)
         stored = json.loads((directory / universal.LAYOUT_FILE).read_text())
         universal.check(stored, self.config, directory)
-        with as_data(directory):
+        on_disk = universal.on_disk(directory, self.config)
+        with as_data(on_disk):
             if stored == universal.layout(self.config):
-                self.load_deepspeed(directory, universal.FILES)
+                self.load_deepspeed(on_disk, universal.FILES)
             else:
                 self.load_converted(directory)
             own = directory / self.rng_file()
-            if own.exists():  # missing if saved with fewer dp ranks
-                rng.restore(torch.load(own, weights_only=True))
+            if own.is_file():  # missing if saved with fewer dp ranks
+                with own.open("rb") as file:
+                    rng.restore(torch.load(file, weights_only=True))
 
     def rng_file(self) -> str:
         return f"rng-{self.mesh['dp'].get_local_rank()}.pt"
@@ -233,7 +238,7 @@ class AutoTPEngine:
         else:
             state = self.model.state_dict()
         if dist.get_rank() == 0:
-            weights.export_gathered(state, self.config, Path(directory))
+            weights.export_gathered(state, self.config, store.path(directory))
         dist.barrier()
 
 

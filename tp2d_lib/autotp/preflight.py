@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tp2d_lib import checkpoint
+from tp2d_lib import checkpoint, store
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
@@ -36,7 +35,7 @@ def check(config: TrainConfig) -> TrainConfig:
     check_precision(config)
     model, _ = preflight.check(config, engine="autotp")
     if start := checkpoint.start_of(config):
-        stored = json.loads(Path(start, universal.LAYOUT_FILE).read_text())
+        stored = json.loads((store.path(start) / universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
     if config.tp_size > 1:
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]

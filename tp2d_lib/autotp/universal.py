@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM
 
+from tp2d_lib import store
 from tp2d_lib.checkpoint import manifest, resume
 from tp2d_lib.checkpoint.manifest import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
@@ -75,12 +76,12 @@ class ConversionError(CheckpointError):
 
 
 def prepare_start(config: TrainConfig) -> None:
-    """Convert the checkpoint that a run will load, if this layout needs it.
+    """Fetch the checkpoint that a run will load from a store, convert it if need be.
 
     The driver calls it, holding the run's lease, before any worker holds a GPU: it may
-    take longer than a process group waits. The result is in the run's folder until the
-    run has a newer checkpoint: 12 bytes per parameter, 24 at the peak, when the
-    converter holds extracted and merged slices.
+    take longer than a process group waits. The result is on the disk that nodes share
+    until the run has a newer checkpoint: 12 bytes per parameter, 24 at the peak, when
+    the converter holds extracted and merged slices.
 
     Raises:
         ConfigError: it does not fit on the disk.
@@ -92,36 +93,55 @@ def prepare_start(config: TrainConfig) -> None:
     for folder in resume.candidates(config):
         with suppress(CheckpointError):  # damaged: the workers tell, and skip it too
             manifest.check(folder)
-            if json.loads((folder / LAYOUT_FILE).read_text()) == layout(config):
+            fits = json.loads((folder / LAYOUT_FILE).read_text()) == layout(config)
+            source, target = folder, place(folder, config)
+            if store.is_remote(folder):
+                print(f"fetching {folder.name}, once for all nodes", flush=True)
+                source = store.fetch(folder, target.with_name(f"{target.name}-source"))
+            elif fits:
                 return
-            manifest.verify(folder)
+            manifest.verify(source)
             break
     else:
+        return
+    if fits:
+        source.rename(target)
         return
     files = manifest.read(folder)["files"].values()
     storage.check_space(config, 2 * sum(file["size"] for file in files), "conversion")
     print(f"converting {folder.name} for another layout, once", flush=True)
-    target = place(folder, config)
     partial = target.with_name(f"{target.name}{manifest.PARTIAL}")
-    if error := convert(folder / FILES, partial / TAG):
+    if error := convert(source / FILES, partial / TAG):
         raise failed(folder, error)
     partial.rename(target)
 
 
-def place(checkpoint: Path, config: TrainConfig) -> Path | None:
+def on_disk(checkpoint: manifest.Folder, config: TrainConfig) -> Path:
+    """A checkpoint's folder, or of one in a store what the driver made of it.
+
+    Raises:
+        CheckpointError: it made nothing, because a file was damaged.
+    """
+    folder = checkpoint if isinstance(checkpoint, Path) else place(checkpoint, config)
+    if folder is None or not folder.exists():
+        raise CheckpointError(f"{checkpoint} must be undamaged to be fetched")
+    return folder
+
+
+def place(checkpoint: manifest.Folder, config: TrainConfig) -> Path | None:
     """Where the driver of a run puts a checkpoint that it has converted."""
-    if not (checkpoint / manifest.MANIFEST).exists():  # saved outside a run
+    if not (checkpoint / manifest.MANIFEST).is_file():  # saved outside a run
         return None
     content = manifest.digest_of(manifest.read(checkpoint))
-    return manifest.run_folder(config) / f"{manifest.CONVERTED}{content[:16]}"
+    return manifest.local_folder(config) / f"{manifest.CONVERTED}{content[:16]}"
 
 
-def failed(checkpoint: Path, error: str) -> ConversionError:
+def failed(checkpoint: manifest.Folder, error: str) -> ConversionError:
     return ConversionError(f"{checkpoint} must be convertible: {error}")
 
 
 @contextmanager
-def converted(checkpoint: Path, config: TrainConfig) -> Iterator[Path]:
+def converted(checkpoint: manifest.Folder, config: TrainConfig) -> Iterator[Path]:
     """A folder with the converted checkpoint; every rank must enter it.
 
     Without a driver that has prepared it, it is made in the temporary folder of each

@@ -7,6 +7,7 @@ from tp2d_lib.checkpoint.manifest import CheckpointError, checksums, last_of, ve
 from tp2d_lib.checkpoint.resume import start_of
 
 LAZY = {  # name -> its module, which needs Arrow or Ray
+    "as_checkpoint": "ray_train",
     "commit": "ray_train",
     "history": "ray_train",
     "report": "ray_train",

@@ -51,8 +51,7 @@ def lost(config: TrainConfig) -> LeaseLost:
 def read(config: TrainConfig) -> dict | None:
     """The lease as it is now; None if there is none, or none that can be read."""
     try:
-        folder = f"{config.storage_path}/{config.run_name}"
-        return json.loads(storage.read(folder, LEASE))
+        return json.loads(storage.file(config, LEASE).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 

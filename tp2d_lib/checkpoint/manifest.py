@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from tp2d_lib import store
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import digest, entry
 from tp2d_lib.validation import UserError
@@ -18,34 +19,45 @@ MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
 CONVERTED = "converted-"  # begins the name of a copy for another layout
 PARTIAL = ".partial"  # ends the name of a folder that is being written or deleted
+SHARDS = (".distcp", ".pt")  # end the names of the large files
+Folder = Path | store.RemotePath
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint on disk is not what was written, or there is none to load."""
 
 
-def run_folder(config: TrainConfig) -> Path:
-    return Path(config.storage_path, config.run_name or "")
+def run_folder(config: TrainConfig) -> Folder:
+    return store.path(config.storage_path) / (config.run_name or "")
 
 
-def partial_folder(config: TrainConfig, step: int) -> Path:
-    """Where the checkpoint of a step is written until it is complete."""
-    return run_folder(config) / f"checkpoint-{step:06d}{PARTIAL}"
+def partial_folder(config: TrainConfig, step: int) -> Folder:
+    """Where the checkpoint of a step is written until it is complete.
+
+    A store cannot rename a folder: there it has its name from the start.
+    """
+    suffix = "" if store.is_remote(config.storage_path) else PARTIAL
+    return run_folder(config) / f"checkpoint-{step:06d}{suffix}"
 
 
-def publish(partial: Path, hashed: Mapping[str, dict], about: dict) -> Path:
+def publish(partial: Folder, hashed: Mapping[str, dict], about: dict) -> Folder:
     """Write the manifest and give the folder its name: now it is a checkpoint.
 
     Args:
         hashed: size and SHA-256 of the large files, by name; the others are read here.
         about: what else the manifest records.
     """
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    files = {str(path.relative_to(partial)): path for path in paths}
-    entries = {name: hashed.get(name) or entry(path) for name, path in files.items()}
+    entries = {
+        name: hashed.get(name) or entry(partial / name)
+        for name in sorted(store.files(partial))
+    }
     content = {**about, "files": entries}
+    text = json.dumps({"sha256": digest_of(content), **content}, indent=1)
+    if not isinstance(partial, Path):
+        (partial / MANIFEST).write_text(text)
+        return partial
     with open(partial / MANIFEST, "w") as file:
-        json.dump({"sha256": digest_of(content), **content}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     folder = partial.with_name(partial.name.removesuffix(PARTIAL))
@@ -64,7 +76,7 @@ def read(folder: str | Path) -> dict:
     Raises:
         CheckpointError: there is none, or it has changed.
     """
-    path = Path(folder, MANIFEST)
+    path = store.path(folder) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") == digest_of(content):
@@ -84,14 +96,12 @@ def check(folder: str | Path) -> dict:
     Raises:
         CheckpointError: the manifest or a file is missing or has changed.
     """
-    manifest = read(folder)
+    manifest, sizes = read(folder), store.files(store.path(folder))
     for name, stored in manifest["files"].items():
-        path = Path(folder, name)
-        size = path.stat().st_size if path.is_file() else None
-        if size != stored["size"]:
+        if (size := sizes.get(name)) != stored["size"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise CheckpointError(
-                f"{path} must have {stored['size']:,} bytes, but {found}"
+                f"{folder}/{name} must have {stored['size']:,} bytes, but {found}"
             )
     return manifest
 
@@ -99,12 +109,17 @@ def check(folder: str | Path) -> dict:
 def verify(folder: str | Path, part: int = 0, parts: int = 1) -> None:
     """Compare share ``part`` of ``parts`` of the files with the manifest.
 
+    In a store, which checks its own files, only the sizes of the shards: whoever loads
+    a checkpoint shall read no more than it needs.
+
     Raises:
         CheckpointError: the manifest or a file is missing or has changed.
     """
     files = check(folder)["files"]
+    if store.is_remote(folder):
+        files = {k: v for k, v in files.items() if not k.endswith(SHARDS)}
     for name in sorted(files, key=lambda name: files[name]["size"])[part::parts]:
-        path = Path(folder, name)
+        path = store.path(folder) / name
         if digest(path) != files[name]["sha256"]:
             raise CheckpointError(f"{path} must be as it was written, but has changed")
 
@@ -114,17 +129,28 @@ def checksums(folder: str | Path) -> dict[str, str]:
     return {name: file["sha256"] for name, file in read(folder)["files"].items()}
 
 
-def checkpoints(config: TrainConfig) -> list[Path]:
+def checkpoints(config: TrainConfig) -> list[Folder]:
     """The run's checkpoints, newest first, whether damaged or not."""
-    found = [
-        path
-        for path in run_folder(config).glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d{6,}", path.name)
-    ]
+    found = [folder for folder in folders(config) if is_whole(folder)]
     return sorted(found, key=step_of, reverse=True)
 
 
-def step_of(folder: Path) -> int:
+def folders(config: TrainConfig) -> list[Folder]:
+    """Those with the name of a checkpoint."""
+    run = run_folder(config)
+    return [
+        run / name
+        for name in store.names(run)
+        if re.fullmatch(r"checkpoint-\d{6,}", name)
+    ]
+
+
+def is_whole(folder: Folder) -> bool:
+    """Whether it was completed: on disk its name tells, in a store its manifest."""
+    return isinstance(folder, Path) or (folder / MANIFEST).is_file()
+
+
+def step_of(folder: Folder) -> int:
     return int(folder.name.split("-")[1])
 
 
@@ -150,18 +176,32 @@ def prune(config: TrainConfig, step: int) -> None:
     remove_converted(config)
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; one that is half deleted no longer bears its name."""
-    shutil.rmtree(folder.rename(f"{folder}.old{PARTIAL}"))
+def remove(folder: Folder) -> None:
+    """Delete a checkpoint; one that is half deleted no longer counts as one."""
+    if isinstance(folder, Path):
+        folder = folder.rename(f"{folder}.old{PARTIAL}")
+    elif is_whole(folder):
+        (folder / MANIFEST).unlink()
+    store.remove_tree(folder)
+
+
+def local_folder(config: TrainConfig) -> Path:
+    """On a disk that every node sees: the run's folder, or one for a run in a store."""
+    folder = run_folder(config)
+    return folder if isinstance(folder, Path) else config.data_dir / config.run_name
 
 
 def remove_converted(config: TrainConfig) -> None:
     """Delete copies made to begin on another layout, once they are not needed."""
-    for folder in run_folder(config).glob(f"{CONVERTED}*"):
+    for folder in local_folder(config).glob(f"{CONVERTED}*"):
         shutil.rmtree(folder)
 
 
 def remove_leftovers(config: TrainConfig) -> None:
     """Delete what a dead attempt left half written or half deleted."""
-    for folder in run_folder(config).glob(f"checkpoint-*{PARTIAL}"):
-        shutil.rmtree(folder)
+    for folder in folders(config):
+        if not is_whole(folder):
+            remove(folder)
+    for name in store.names(run_folder(config)):
+        if name.startswith("checkpoint-") and name.endswith(PARTIAL):
+            store.remove_tree(run_folder(config) / name)

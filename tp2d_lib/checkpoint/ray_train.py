@@ -8,6 +8,7 @@ from pathlib import Path
 import ray.train
 from ray.train import CheckpointUploadMode
 
+from tp2d_lib import store
 from tp2d_lib.checkpoint import saving
 from tp2d_lib.checkpoint.manifest import STATE_FILE
 from tp2d_lib.config import TrainConfig
@@ -26,9 +27,9 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
     report(
         {**state["history"][-1], "step": state["step"]},
         config,
-        checkpoint=ray.train.Checkpoint(config.storage_path),  # complete() tells where
+        checkpoint=as_checkpoint(config.storage_path),  # complete() tells where
         checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
-        checkpoint_upload_fn=lambda *_: ray.train.Checkpoint(str(complete())),
+        checkpoint_upload_fn=lambda *_: as_checkpoint(complete()),
         delete_local_checkpoint_after_upload=False,
     )
 
@@ -44,5 +45,15 @@ def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
 
 def history(result: ray.train.Result) -> list[dict]:
     """The log records of a finished run, from its last checkpoint."""
-    with result.checkpoint.as_directory() as folder:
-        return json.loads((Path(folder) / STATE_FILE).read_text())["history"]
+    files, path = result.checkpoint.filesystem, result.checkpoint.path
+    with files.open_input_stream(f"{path}/{STATE_FILE}") as file:
+        return json.loads(file.read())["history"]
+
+
+def as_checkpoint(place: object) -> ray.train.Checkpoint:
+    """Ray's name for a folder on disk or in a store."""
+    folder = store.path(place)
+    if isinstance(folder, Path):
+        return ray.train.Checkpoint(str(folder))
+    files, path = folder.place
+    return ray.train.Checkpoint(path, files)

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
+from tp2d_lib import store
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.checkpoint.manifest import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
@@ -54,10 +55,10 @@ def start_of(config: TrainConfig) -> str | None:
     return last or config.resume_from_checkpoint
 
 
-def candidates(config: TrainConfig) -> list[Path]:
+def candidates(config: TrainConfig) -> list[manifest.Folder]:
     """The checkpoints of which a run loads the first that is undamaged."""
     start = config.resume_from_checkpoint
-    return manifest.checkpoints(config) or ([Path(start)] if start else [])
+    return manifest.checkpoints(config) or ([store.path(start)] if start else [])
 
 
 def nothing_left(config: TrainConfig, error: object) -> CheckpointError:

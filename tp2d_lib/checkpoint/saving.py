@@ -9,7 +9,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,7 +22,7 @@ from tp2d_lib.model import identity
 WRITING = threading.Lock()
 
 
-def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
+def save(engine, state: dict, config: TrainConfig) -> Callable[[], manifest.Folder]:
     """Save the engine and the loop's state in one folder; every rank must call it.
 
     All ranks write into the same folder of the run's storage. Once all have, rank 0
@@ -49,7 +48,7 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
     if dist.get_rank() == 0:
         about |= resume.about(engine.name, config)
 
-    def complete() -> Path:
+    def complete() -> manifest.Folder:
         try:
             with errors_explained(partial):
                 if written:
@@ -63,13 +62,13 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], Path]:
                 manifest.prune(config, about["step"])
         finally:
             WRITING.release()
-        return partial.with_name(partial.name.removesuffix(manifest.PARTIAL))
+        return partial.parent / partial.name.removesuffix(manifest.PARTIAL)
 
     return complete
 
 
 @contextmanager
-def errors_explained(folder: Path) -> Iterator[None]:
+def errors_explained(folder: manifest.Folder) -> Iterator[None]:
     """Say what to do about a full disk, on the rank that finds it.
 
     PyTorch's CheckpointException is no Exception, so few would catch it.
@@ -116,13 +115,16 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
     for folder in folders:
         error = verify_together(folder)
         if error is None:
-            engine.load(folder)
-            return json.loads((folder / STATE_FILE).read_text())
+            try:
+                engine.load(folder)
+                return json.loads((folder / STATE_FILE).read_text())
+            except CheckpointError as damage:  # of all ranks: found by the driver
+                error = str(damage)
         notify(f"skipped {folder.name}: {error}")
     raise resume.nothing_left(config, error)
 
 
-def verify_together(folder: Path) -> str | None:
+def verify_together(folder: manifest.Folder) -> str | None:
     """What is wrong with a checkpoint; the same answer on every rank."""
     error = None
     try:

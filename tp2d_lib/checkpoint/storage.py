@@ -8,51 +8,40 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
-from pyarrow.fs import FileSystem
-
+from tp2d_lib import store
+from tp2d_lib.checkpoint import manifest
 from tp2d_lib.checkpoint.manifest import MANIFEST
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 
 
-def has(folder: str, name: str) -> bool:
-    """Whether a folder, local or remote, has this file."""
-    files, path = FileSystem.from_uri(folder)
-    return files.get_file_info(f"{path}/{name}").is_file
-
-
-def read(folder: str, name: str) -> bytes:
-    """The content of a file in a folder, local or remote."""
-    files, path = FileSystem.from_uri(folder)
-    with files.open_input_stream(f"{path}/{name}", compression=None) as file:
-        return file.read()
+def file(config: TrainConfig, name: str) -> manifest.Folder:
+    return manifest.run_folder(config) / name
 
 
 def append(config: TrainConfig, name: str, document: str) -> None:
     """Add a YAML document, the newest last, to a file in the run's folder."""
-    folder = f"{config.storage_path}/{config.run_name}"
-    earlier = read(folder, name).decode() if has(folder, name) else ""
+    path = file(config, name)
+    earlier = path.read_text() if path.is_file() else ""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     write(config, name, f"{earlier}--- # {started}\n{document}".encode())
 
 
 def remove(config: TrainConfig, name: str) -> None:
     """Delete a file of the run's folder, if it exists."""
-    folder = f"{config.storage_path}/{config.run_name}"
-    if has(folder, name):
-        files, path = FileSystem.from_uri(folder)
-        files.delete_file(f"{path}/{name}")
+    path = file(config, name)
+    if path.is_file():
+        path.unlink()
 
 
 def write(config: TrainConfig, name: str, content: bytes) -> None:
     """Write a file into the run's folder; ``name`` may contain folders."""
-    files, storage = FileSystem.from_uri(config.storage_path)
-    path = f"{storage}/{config.run_name}/{name}"
-    files.create_dir(str(Path(path).parent))
-    partial = f"{path}.{uuid4().hex}.tmp"  # two may write one lease at the same time
-    # By default, Arrow would compress a .gz file a second time.
-    with files.open_output_stream(partial, compression=None) as file:
-        file.write(content)
-    files.move(partial, path)  # as a whole: a reader never sees half of it
+    path = file(config, name)
+    if not isinstance(path, Path):
+        return path.write_bytes(content)  # as a whole, as below
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.{uuid4().hex}.tmp")  # two may write a lease at once
+    partial.write_bytes(content)
+    partial.rename(path)  # as a whole: a reader never sees half of it
 
 
 def check(config: TrainConfig) -> None:
@@ -64,14 +53,40 @@ def check(config: TrainConfig) -> None:
     """
     for name in ("storage_path", "cache_dir", "export_to"):
         path = getattr(config, name)
-        if path is not None and "://" not in path:
-            check_writable(name, path)
+        if path is not None:
+            check = check_store if store.is_remote(path) else check_writable
+            check(name, path)
     path = config.resume_from_checkpoint
-    if path is not None and not has(path, MANIFEST):
+    if path is not None and not has_manifest(path):
         raise ConfigError(
             f"resume_from_checkpoint={path!r} must be a checkpoint of an earlier run, "
             f"but has no {MANIFEST}; try a folder such as run/checkpoint-000100"
         )
+
+
+def has_manifest(path: str) -> bool:
+    try:
+        return (store.path(path) / MANIFEST).is_file()
+    except OSError as error:
+        raise refused("resume_from_checkpoint", path, error) from error
+
+
+def check_store(name: str, path: str) -> None:
+    """Write a file into a store and delete it: there is no other way to find out."""
+    probe = store.path(path) / f".writable-{uuid4().hex}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # an unknown scheme, too
+        raise refused(name, path, error) from error
+
+
+def refused(name: str, path: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{name}={path!r} must be a bucket that these credentials may use "
+        f"({first_line(error)}); try {name}='s3://bucket/runs', with AWS_ACCESS_KEY_ID "
+        "and AWS_SECRET_ACCESS_KEY set"
+    )
 
 
 def check_space(config: TrainConfig, needed: int, what: str = "checkpoint") -> None:
@@ -81,7 +96,7 @@ def check_space(config: TrainConfig, needed: int, what: str = "checkpoint") -> N
         needed: bytes that it has at least.
     """
     path = config.storage_path
-    if "://" in path:
+    if store.is_remote(path):
         return
     home = next(p for p in Path(path, "file").parents if p.exists())
     free = shutil.disk_usage(home).free

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
+from filelock import FileLock
 from transformers import AutoTokenizer
 
+from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 
 
@@ -41,7 +44,8 @@ def load_builder(config: TrainConfig):
     from datasets import load_dataset_builder  # here: slow, workers do not need it
 
     try:
-        return load_dataset_builder(config.dataset_name, config.dataset_config)
+        name = on_disk(config)
+        return load_dataset_builder(name, config.dataset_config)
     except Exception as error:  # each format is read by another library
         where = config.dataset_name
         if config.dataset_config:
@@ -50,6 +54,21 @@ def load_builder(config: TrainConfig):
             f"dataset_name={where!r} must be a folder with data files or a dataset on "
             f"the Hub; try 'Salesforce/wikitext' ({first_line(error)})"
         ) from error
+
+
+def on_disk(config: TrainConfig) -> str:
+    """The dataset's name, or of one in a store a copy, which later runs find again."""
+    if not config.dataset_name.startswith(("s3://", "gs://")):
+        return config.dataset_name
+    folder = store.path(config.dataset_name)
+    found = [(i.path, i.size, i.mtime_ns) for i in store.listing(folder, True)]
+    if not found:
+        raise FileNotFoundError("there is no such folder")
+    name = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
+    target = config.data_dir / "fetched" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        return str(target if target.exists() else store.fetch(folder, target))
 
 
 def load_documents(config: TrainConfig, builder):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from tp2d_lib import model as models
+from tp2d_lib import store
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
@@ -237,7 +238,7 @@ class FSDPEngine:
         ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights get the dtype
         of the original model. Each rank writes its shards; rank 0 joins them.
         """
-        weights.export(self.model, self.config, Path(directory))
+        weights.export(self.model, self.config, store.path(directory))
 
 
 def train_func(config: TrainConfig) -> None:

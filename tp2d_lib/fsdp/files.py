@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import operator
 import pickle
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.futures import Future
 
+from tp2d_lib import store
 from tp2d_lib.checkpoint import plain
 from tp2d_lib.integrity import HashedFile
 
@@ -42,22 +44,43 @@ METADATA = {  # what PyTorch's .metadata is made of, besides the types of tensor
 
 
 class HashingFileSystem(FileSystem):
+    """PyTorch's, on disk or in a store; the shards are hashed as they are written."""
+
     @contextmanager
     def create_stream(self, path, mode):
-        if mode != "wb" or not str(path).endswith(".distcp"):
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with HashedFile(path) as stream:
+        hashed = mode == "wb" and str(path).endswith(".distcp")
+        # From a store no more is read than is asked for.
+        buffering = 0 if mode == "rb" and store.is_remote(path) else -1
+        with HashedFile(path) if hashed else path.open(mode, buffering) as stream:
             yield stream
+
+    def concat_path(self, path, suffix):
+        return path / suffix
+
+    def init_path(self, path):
+        return store.path(path)
+
+    def mkdir(self, path):
+        path.mkdir(parents=True, exist_ok=True)
+
+    def exists(self, path):
+        return path.is_file()
+
+    def rename(self, path, new_path):
+        path.rename(new_path)
 
 
 class HashingWriter(FileSystemWriter):
-    """PyTorch's writer; the shards are hashed while they are written."""
+    """PyTorch's writer, with our file system."""
 
     def __init__(self, path: str):
-        super().__init__(path)
+        super().__init__(path, sync_files=not store.is_remote(path))
         self.fs = HashingFileSystem()
+        self.path = store.path(path)
+
+    @property
+    def checkpoint_id(self) -> str:  # PyTorch records it
+        return str(self.path)
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -79,10 +102,22 @@ class PlainReader(FileSystemReader):
         CheckpointError: what it holds besides tensors and plain values.
     """
 
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.fs = HashingFileSystem()
+        self.path = store.path(path)
+
     def read_metadata(self) -> Metadata:
-        path = Path(self.path, ".metadata")
-        with plain.only(path), open(path, "rb") as file:
+        path = self.path / ".metadata"
+        with plain.only(path), path.open("rb") as file:
             return MetadataUnpickler(file).load()
+
+    def _slice_file(self, file, place):
+        """One request for each tensor, where reading it bit by bit would be many."""
+        if isinstance(self.path, Path):
+            return super()._slice_file(file, place)
+        file.seek(place.offset)
+        return io.BytesIO(file.read(place.length))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         with plain.only(self.path):

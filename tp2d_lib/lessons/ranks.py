@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @ray.remote(num_cpus=0)
@@ -50,7 +51,10 @@ class Ranks:
     """
 
     def __init__(self, count: int):
-        self.actors = [Rank.remote(rank, count) for rank in range(count)]
+        node = ray.get_runtime_context().get_node_id()  # the driver's: one for all
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        kind = Rank.options(scheduling_strategy=here)
+        self.actors = [kind.remote(rank, count) for rank in range(count)]
         host, port = ray.get(self.actors[0].address.remote())
         ray.get([actor.join.remote(host, port) for actor in self.actors])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.architecture import load_model_config
 from tp2d_lib.model.guards import check_finite
@@ -177,9 +179,13 @@ def rebuild_buffers(model: nn.Module) -> None:
         model.get_buffer(name).copy_(buffer)
 
 
-def partial_folder(directory: Path) -> Path:
-    """Where an export is written until it is complete: beside its own folder."""
-    return directory.with_name(f"{directory.name}.partial")
+def partial_folder(directory: Path | store.RemotePath, config: TrainConfig) -> Path:
+    """Where an export is written until it is complete: beside its own folder.
+
+    One that goes to a store is on the disk that all nodes share until then.
+    """
+    home = directory.parent if isinstance(directory, Path) else config.data_dir
+    return home / f"{directory.name}.partial"
 
 
 def clear(partial: Path) -> None:
@@ -189,34 +195,37 @@ def clear(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def publish(partial: Path, directory: Path) -> None:
+def publish(partial: Path, directory: Path | store.RemotePath) -> None:
     """Make a complete export the content of its folder, where other files stay.
 
     At every moment the folder holds a whole model or none: the file that
     ``from_pretrained`` begins with is deleted first and arrives last.
     """
-    if not directory.exists():
+    if isinstance(directory, Path) and not directory.exists():
         partial.rename(directory)
         return
-    earlier = directory.glob("model*.safetensors*")  # would be loaded before new shards
-    for file in sorted(earlier, key=is_first, reverse=True):
-        file.unlink()
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    for file in sorted(files, key=is_first):
-        target = directory / file.relative_to(partial)
-        target.parent.mkdir(exist_ok=True)
-        shutil.move(file, target)  # the folder may be another disk's
+    earlier = fnmatch.filter(store.names(directory), "model*.safetensors*")
+    for name in sorted(earlier, key=is_first, reverse=True):
+        (directory / name).unlink()  # else it might be loaded with the new ones
+    for name in sorted(store.files(partial), key=is_first):
+        if isinstance(directory, Path):
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.move(partial / name, directory / name)  # maybe to another disk
+        else:
+            store.copy(partial / name, directory / name)
     shutil.rmtree(partial)
 
 
-def is_first(file: Path) -> bool:
+def is_first(name: str) -> bool:
     """Whether ``from_pretrained`` looks for this file before all others."""
-    return file.name in ("model.safetensors", "model.safetensors.index.json")
+    return name in ("model.safetensors", "model.safetensors.index.json")
 
 
-def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
+def export(
+    model: nn.Module, config: TrainConfig, directory: Path | store.RemotePath
+) -> None:
     """Write a sharded model as ``save_pretrained`` would; every rank must call it."""
-    partial = partial_folder(directory)
+    partial = partial_folder(directory, config)
     if dist.get_rank() == 0:
         clear(partial)
     dist.barrier()
@@ -236,9 +245,11 @@ def export(model: nn.Module, config: TrainConfig, directory: Path) -> None:
     dist.barrier()
 
 
-def export_gathered(state: dict, config: TrainConfig, directory: Path) -> None:
+def export_gathered(
+    state: dict, config: TrainConfig, directory: Path | store.RemotePath
+) -> None:
     """Write a full state dict as ``save_pretrained`` would; only one rank calls it."""
-    partial, hf = partial_folder(directory), load_model_config(config)
+    partial, hf = partial_folder(directory, config), load_model_config(config)
     clear(partial)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=hf.dtype or torch.float32)

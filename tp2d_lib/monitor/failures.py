@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -31,14 +32,19 @@ class RankFailed(RuntimeError):
 
 
 def on_rank(
-    train_func: Callable[[TrainConfig], None], config: TrainConfig, holder: str
+    train_func: Callable[[TrainConfig], None],
+    config: TrainConfig,
+    holder: str,
+    secrets: dict[str, str],
 ) -> None:
     """Run on one worker; failures carry a time, so that the driver finds the first.
 
     Args:
         holder: of the lease under which this worker may write.
+        secrets: environment variables that must not be in Ray's logs.
     """
     lease.holder = holder
+    os.environ.update(secrets)
     try:
         with beating(config):
             train_func(config)

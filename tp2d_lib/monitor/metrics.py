@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp2d_lib import data
-from tp2d_lib.checkpoint import report
+from tp2d_lib import data, store
+from tp2d_lib.checkpoint import manifest, report
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.monitor import health
@@ -85,11 +86,11 @@ class Metrics:
         if dist.get_rank() == 0 and config.run_name:
             from torch.utils.tensorboard import SummaryWriter  # here: slow to import
 
+            self.events = manifest.run_folder(config) / "tensorboard"
+            remote = store.is_remote(self.events)  # it would append to a file there
+            self.local = Path(tempfile.mkdtemp()) if remote else self.events
             # Points after the checkpoint belong to the attempt that was lost.
-            self.writer = SummaryWriter(
-                os.path.join(config.storage_path, config.run_name, "tensorboard"),
-                purge_step=step + 1,
-            )
+            self.writer = SummaryWriter(str(self.local), purge_step=step + 1)
         self.peak = peak_flops(engine.device)
         if self.peak:  # counted on the full model, of which a rank may hold a shard
             full = build_empty_model(config)
@@ -209,6 +210,14 @@ class Metrics:
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         return int(valid), int(memory)
 
+    def upload(self) -> None:
+        """Send to a store what is in the event files so far."""
+        if self.writer and self.local != self.events:
+            self.writer.flush()
+            for name in store.files(self.local):
+                store.copy(self.local / name, self.events / name)
+
     def close(self) -> None:
         if self.writer:
+            self.upload()
             self.writer.close()

@@ -8,7 +8,8 @@ import time
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.mesh import layout
 from tp2d_lib.monitor import display, watchdog
 
 PREEMPTION_S = 5.0  # between looks for a node that is about to be taken away
@@ -30,8 +31,10 @@ class ProgressActor:
         self.records.append(record)
         self.total = record.get("total", self.total)
 
-    def since(self, count: int) -> list[dict]:
-        return self.records[count:]
+    def take(self) -> list[dict]:
+        """The records that have arrived since the last call."""
+        taken, self.records = self.records, []
+        return taken
 
     def stop(self) -> int:
         """Stop after the first step that no rank has begun yet; returns it."""
@@ -145,19 +148,21 @@ class Watcher:
         actor = ray.remote(num_cpus=0)(ProgressActor).options(
             name=watchdog.actor_name(config.run_name),
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            max_restarts=-1,  # if it dies, lines of progress are lost, but no training
+            max_task_retries=-1,
         )
         self.actor = actor.remote()
         self.show = display.in_notebook() or display.on_terminal()
-        self.records: list[dict] = []
         self.total = 0
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
         self.ended: Exception | None = None
+        self.placed = False  # whether all ranks were seen, and where they are
         self.guarding = threading.Lock()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self) -> Watcher:
-        ray.get(self.actor.since.remote(0))  # until workers can find it
+        ray.get(self.actor.furthest_step.remote())  # until workers can find it
         self.thread.start()
         return self
 
@@ -186,6 +191,7 @@ class Watcher:
 
     def begin_attempt(self) -> None:
         with self.guarding:
+            self.placed = False
             ray.get(self.actor.begin_attempt.remote())
             self.watchdog.begin_attempt()
             if isinstance(self.ended, watchdog.Hang):
@@ -194,6 +200,7 @@ class Watcher:
     def guard(self) -> None:
         """Find a hang, have the ranks that answer write traces, kill all."""
         beats = ray.get(self.actor.last_beats.remote())
+        self.check_tp_groups(beats)
         what = self.watchdog.judge(beats, time.monotonic())
         if what and not self.ended:
             self.actor.dump.remote()
@@ -201,6 +208,30 @@ class Watcher:
             self.ended = watchdog.Hang(what + watchdog.traces(self.config))
         if self.ended:
             self.watchdog.kill(beats)
+
+    def check_tp_groups(self, beats: dict[int, dict]) -> None:
+        """Find TP groups that span nodes, from where the ranks really are; once.
+
+        The placement asked for may not be what Ray gave.
+        """
+        config = self.config
+        if self.placed or len(beats) < config.num_workers:
+            return
+        self.placed = True
+        for group in layout(config.dp_size, config.tp_size).tolist():
+            nodes = {beats[rank]["node"]: beats[rank]["host"] for rank in group}
+            if len(nodes) == 1 or config.tp_across_nodes == "allow":
+                continue
+            found = (
+                f"ranks {', '.join(map(str, group))} are a TP group on {len(nodes)} "
+                f"nodes, {', '.join(sorted(nodes.values()))}"
+            )
+            if config.tp_across_nodes == "refuse":
+                self.ended = ConfigError(
+                    f"tp_size={config.tp_size} must fit into one node, but {found}; "
+                    "try a smaller tp_size, or tp_across_nodes='warn'"
+                )
+            self.show(f"{found}: every layer waits for the network", done=True)
 
     def furthest_step(self) -> int:
         """The furthest step that any attempt of this run has begun."""
@@ -217,8 +248,7 @@ class Watcher:
                 self.guard()
 
     def poll(self) -> None:
-        for record in ray.get(self.actor.since.remote(len(self.records))):
-            self.records.append(record)
+        for record in ray.get(self.actor.take.remote()):
             if "notice" in record:
                 self.show(record["notice"], done=True)
             elif "total" in record:

@@ -25,11 +25,6 @@ PATIENT_S = 600.0  # without a word otherwise: a C call may hold Python's lock f
 TRACES = "traces_of_hang"  # folder in the run's folder
 STEP = "step"  # the phase in which steps must follow each other
 TOGETHER = ("evaluate", "save")  # phases in which ranks wait for each other
-NCCL_ENV = {  # see torch's ProcessGroupNCCL.hpp and FlightRecorder.hpp, and nccl_ras.py
-    "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that each rank remembers
-    "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",  # logs, if NCCL's `ncclras` is there
-    "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S": "60",  # before we end the attempt
-}
 
 
 class Hang(RuntimeError):

@@ -1,0 +1,248 @@
+"""Several nodes: which cluster is joined, where ranks run, what reaches them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+import torch.distributed as dist
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import (
+    ClusterConfig,
+    NodeGroupConfig,
+    ReportClusterConfigRequest,
+)
+from ray.core.generated.autoscaler_pb2_grpc import AutoscalerStateServiceStub
+
+from tests.support.commands import ROOT, wait_until
+from tp2d_lib import autotp, cluster, environment, fsdp, launch, placement
+from tp2d_lib.attempts import Failed
+from tp2d_lib.config import ConfigError
+from tp2d_lib.presets import build_config
+
+pytestmark = pytest.mark.ranks
+STEPS = {"max_steps": 2, "log_interval": 1}
+SECRET = "hf_not_for_any_log"
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A head without CPUs or GPUs, where the driver is, and two nodes of 3 CPUs."""
+    head = {"num_cpus": 0, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        started.add_node(num_cpus=3)
+    started.wait_for_nodes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", started.address)
+        yield started
+        ray.shutdown()
+    started.shutdown()
+
+
+def tells_where(config):
+    """Training that first writes down what its rank finds around it."""
+    found = {"node": ray.get_runtime_context().get_node_id()}
+    found |= {name: os.environ.get(name) for name in ("HF_TOKEN", "NCCL_DEBUG")}
+    path = Path(config.storage_path, f"{config.run_name}.{dist.get_rank()}")
+    path.write_text(json.dumps(found))
+    fsdp.train_func(config)
+
+
+def found_by_ranks(storage: Path, name: str) -> list[dict]:
+    paths = sorted(storage.glob(f"{name}.[0-9]"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_tp_groups_are_on_one_node_each(nodes, tmp_path, monkeypatch, capsys):
+    """Ray would put three of four ranks on one node; the environment goes with them."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    settings = {"tp_size": 2, "dp_size": 2, "run_name": "placed", **STEPS}
+    config = build_config("demo", str(tmp_path), device="cpu", **settings)
+    launch.run(tells_where, config, fsdp.check)
+    ranks = found_by_ranks(tmp_path, "placed")
+    where = [rank["node"] for rank in ranks]
+    assert where[0] == where[1] != where[2] == where[3]
+    assert {rank["HF_TOKEN"] for rank in ranks} == {SECRET}
+    assert {rank["NCCL_DEBUG"] for rank in ranks} == {"WARN"}
+    out = capsys.readouterr().out
+    assert f"joined the Ray cluster at {nodes.address}: 3 nodes, 0 GPUs" in out
+    assert SECRET not in out
+    session = Path(nodes.head_node.get_session_dir_path())
+    written = [*session.joinpath("logs").rglob("*"), *(tmp_path / "placed").rglob("*")]
+    assert not [p for p in written if p.is_file() and SECRET in read(p)]
+
+
+def read(path: Path) -> str:
+    return path.read_bytes().decode(errors="replace")
+
+
+def test_a_tp_group_over_two_nodes_is_refused_or_noted(nodes, tmp_path, capsys):
+    """In the driver if no placement can help, else by the ranks as they run."""
+    settings = {"tp_size": 4, "dp_size": 1, "run_name": "apart", **STEPS}
+    config = build_config("demo", str(tmp_path), device="cpu", **settings)
+    with pytest.raises(ConfigError, match=r"tp_size=4 must fit into single nodes 1 ti"):
+        launch.run(fsdp.train_func, config, fsdp.check)
+    noted = replace(config, tp_across_nodes="warn")
+    launch.run(fsdp.train_func, noted, fsdp.check)
+    said = r"ranks 0, 1, 2, 3 are a TP group on 2 nodes, .*: every layer waits for the"
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.faults
+def test_ranks_refuse_what_the_driver_could_not_see(nodes, tmp_path, monkeypatch):
+    """Should Ray place the ranks otherwise than it was asked to."""
+    settings = {"tp_size": 4, "dp_size": 1, "run_name": "elsewhere", **STEPS}
+    config = build_config("demo", str(tmp_path), device="cpu", **settings)
+    monkeypatch.setattr(placement, "check_nodes", lambda config: None)
+    monkeypatch.setattr(placement, "find", lambda config, show: None)
+    with pytest.raises(Failed, match=r"ConfigError: tp_size=4 must fit into one nod"):
+        launch.run(fsdp.train_func, config, fsdp.check)
+
+
+def test_the_driver_judges_by_the_clusters_hardware(nodes, tmp_path, capsys):
+    """GPUs are declared, which is all that a driver sees of another node's."""
+    config = build_config("demo", str(tmp_path), tp_size=2)
+    launch.connect()
+    assert launch.pick_device(config) == "cpu"
+    assert "the cluster has no GPU: training on CPUs" in capsys.readouterr().out
+    added = nodes.add_node(num_cpus=2, num_gpus=2)
+    wait_until(lambda: ray.cluster_resources().get("GPU") == 2)
+    try:
+        config = replace(config, device=launch.pick_device(config))
+        assert config.device == "cuda"
+        placement.check_nodes(config)
+        for valid in ({"dtype": "float16"}, {"bf16_master_weights": True}):
+            autotp.check(replace(config, **valid))
+        with pytest.raises(ConfigError, match="zero_stage=0 cannot be combined"):
+            autotp.check(replace(config, zero_stage=0))
+        busy = ray.util.placement_group([{"GPU": 1}])
+        assert busy.wait(30)
+        said = []
+        with pytest.raises(ConfigError, match=r"must find free in the cluster 1 x 2 G"):
+            placement.find(config, said.append, seconds=1)
+        assert said == ["waiting for 1 x 2 GPUs, each on one node"]
+        ray.util.remove_placement_group(busy)
+        assert len(placement.find(config, said.append)) == 2
+    finally:
+        nodes.remove_node(added)
+
+
+def test_auto_waits_for_gpus_that_the_cluster_may_add(nodes, tmp_path, capsys):
+    """As its autoscaler reports them; here the test plays it, and adds the node."""
+    launch.connect()
+    kind = {"name": "gpu", "resources": {"CPU": 2, "GPU": 2}, "max_count": 1}
+    report(nodes.address, node_group_configs=[NodeGroupConfig(**kind)])
+    try:
+        config = build_config("demo", str(tmp_path), tp_size=2)
+        assert (cluster.gpus(), placement.gpus_later()) == (0, 2)
+        config = replace(config, device=launch.pick_device(config))
+        assert config.device == "cuda"
+        placement.check_nodes(config)
+        with ThreadPoolExecutor() as pool:
+            said = []
+            found = pool.submit(placement.find, config, said.append)
+            wait_until(lambda: said == ["waiting for 1 x 2 GPUs, each on one node"])
+            added = nodes.add_node(num_cpus=2, num_gpus=2)
+            assert found.result() == 2 * [{placement.NODE: added.node_id}]
+        nodes.remove_node(added)
+    finally:
+        report(nodes.address)
+
+
+def report(address: str, **limits) -> None:
+    """What an autoscaler tells Ray: how far the cluster may grow."""
+    stub = AutoscalerStateServiceStub(grpc.insecure_channel(address))
+    config = ClusterConfig(**limits)
+    stub.ReportClusterConfig(ReportClusterConfigRequest(cluster_config=config))
+
+
+def test_a_model_too_large_for_cpus_is_not_trained_there_unasked(tmp_path, demo_paths):
+    large = json.loads(Path(demo_paths[0], "config.json").read_text())
+    large |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    del large["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    config = build_config("demo", str(tmp_path), model_name=str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"device='auto' must find a GPU to train 7\."
+    ):
+        placement.check_small(config)
+
+
+CONNECT = "from tp2d_lib import launch; launch.connect(); {}"
+
+
+def connected(tmp: Path, then: str = "", **variables) -> subprocess.Popen:
+    """A process that connects, in an environment that names no cluster."""
+    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", CONNECT.format(then)],
+        env={**kept, "RAY_TMPDIR": str(tmp), "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp,
+    )
+
+
+@pytest.mark.faults
+def test_only_a_cluster_that_is_named_is_joined(tmp_path_factory):
+    """Two runs do not join each other; what ``ray start`` began is joined."""
+    tmp = Path("/tmp", f"tp2d-{os.getpid()}")  # paths of sockets must be short
+    tmp.mkdir()
+    first = connected(tmp, "print(flush=True); import time; time.sleep(100)")
+    head = None
+    try:
+        address = first.stdout.readline().split(", at ")[1].split(",")[0]
+        assert connected(tmp).communicate()[0].startswith("started a Ray cluster")
+        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block"]
+        command += ["--port=0", "--num-cpus=1", "--include-dashboard=false"]
+        head = subprocess.Popen(
+            command,
+            env={**os.environ, "RAY_TMPDIR": str(tmp)},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_until((tmp / "ray" / "ray_current_cluster").exists)
+        named = (tmp / "ray" / "ray_current_cluster").read_text()
+        joined = connected(tmp).communicate()[0]
+        assert joined == f"joined the Ray cluster at {named}: 1 nodes, 0 GPUs\n"
+        assert address != named
+        said = connected(tmp, RAY_ADDRESS="127.0.0.1:1").communicate()[0]
+        assert "RAY_ADDRESS='127.0.0.1:1' must be the address of a running" in said
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+        assert "started a Ray cluster" in connected(tmp).communicate()[0]
+    finally:
+        first.kill()
+        first.wait()
+        if head and head.poll() is None:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def test_secrets_are_told_apart(monkeypatch):
+    given = {
+        "HF_HOME": "/hf",
+        "HF_TOKEN": "secret",
+        "AWS_REGION": "eu-central-1",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "MLFLOW_TRACKING_URI": "http://user:secret@host",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PATH": os.environ["PATH"],
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    variables, secrets = environment.to_send()
+    both = {**variables, **secrets}
+    assert {k for k in given if k not in both} == {"CUDA_VISIBLE_DEVICES", "PATH"}
+    assert {v for k, v in secrets.items() if k in given} >= {"secret"}
+    assert not [value for value in variables.values() if "secret" in value]

@@ -1,0 +1,208 @@
+"""A run in an object store: trained, killed, resumed on another mesh, exported."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support import commands, s3
+from tests.support.demo import make_config, train_without_ray
+from tp2d_lib import checkpoint, cli, fsdp, launch, store
+from tp2d_lib.checkpoint import CheckpointError, manifest, saving, storage
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.mesh import build_mesh
+
+RUNS = f"s3://{s3.BUCKET}/runs"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3.running() as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        yield started
+        store.connect.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A folder that every node sees: rows, and what must be on a disk for a while."""
+    return tmp_path_factory.mktemp("disk")
+
+
+def start(engine, config, disk, *flags):
+    """A command that trains what a configuration says, in the store."""
+    script = {"fsdp": "train_fsdp.py", "autotp": "train_deepspeed.py"}[engine]
+    values = ["model_name", "dataset_name", "dataset_percentage", "seq_length"]
+    values += ["max_steps", "learning_rate", "log_interval", "device"]
+    command = [sys.executable, commands.ROOT / script, *flags, "--cache_dir", disk]
+    command += ["--run_name", f"{engine}-run", "--storage_path", RUNS]
+    command += [x for name in values for x in (f"--{name}", getattr(config, name))]
+    return commands.run([str(part) for part in command])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_killed_then_resumed_on_another_mesh_and_exported(
+    engine, server, demo_paths, disk, tmp_path, pools
+):
+    settings = {"dataset_percentage": 20, "max_steps": 12, "log_interval": 1}
+    config = make_config(demo_paths, tmp_path, 2, 1, device="cpu", **settings)
+    whole = (engine, config, str(tmp_path / "whole"), "export")
+    pools(2, engine).run(train_without_ray, *whole)
+    before = ("--tp_size", "2", "--batch_size", "4", "--checkpoint_every", "2")
+    killed = start(engine, config, disk, *before)
+    run = store.path(RUNS) / f"{engine}-run"
+    done = run / "checkpoint-000004" / manifest.MANIFEST
+    commands.wait_for(done.is_file, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+
+    out = f"s3://{s3.BUCKET}/{engine}-model"
+    after = ("--tp_size", "1", "--dp_size", "2", "--batch_size", "2")
+    after += ("--checkpoint_every", "4", "--export_to", out)
+    printed, _ = commands.finish(start(engine, config, disk, *after))
+    assert "resumed after step" in printed
+    assert "done: step 12, loss" in printed
+
+    kept = [name for name in store.names(run) if name.startswith("checkpoint-")]
+    assert sorted(kept) == ["checkpoint-000008", "checkpoint-000012"]
+    assert any("events.out" in name for name in store.names(run / "tensorboard"))
+    assert not list(disk.rglob("*.pt"))  # what was fetched for a while is deleted
+    exported = store.fetch(store.path(out), tmp_path / "exported")
+    found, expected = weights(exported), weights(tmp_path / "whole")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def set_environment(variables):
+    os.environ.update(variables)
+    store.connect.cache_clear()
+
+
+def train_and_save(config, folder):
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    engine.save(folder)
+    return {name: value.clone() for name, value in engine.local_weights().items()}
+
+
+def load(config, folder):
+    """Weights of this rank, and the bytes that it read from the store for them."""
+    config = replace(config, seed=7)
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    for value in engine.local_weights().values():
+        value.zero_()
+    store.READ["bytes"] = 0
+    engine.load(folder)
+    return engine.local_weights(), store.READ["bytes"]
+
+
+def test_each_rank_reads_its_own_slices(server, demo_paths, tmp_path, pools):
+    ranks = pools(2)
+    ranks.run(set_environment, server.environment)
+    config = make_config(demo_paths, tmp_path, 2, 1)
+    folder = f"{RUNS}/slices"
+    saved = ranks.run(train_and_save, config, folder)
+    sizes = store.files(store.path(folder))
+    shards = [size for name, size in sizes.items() if name.endswith(".distcp")]
+    assert len(shards) == 2
+    loaded = ranks.run(load, config, folder)
+    for (values, read), before in zip(loaded, saved, strict=True):
+        assert all(torch.equal(values[name], before[name]) for name in before)
+        assert read < 1.02 * max(shards) + 2 * sizes[".metadata"]
+
+
+def save_beside_a_failing_store(config, folder):
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    engine.save(folder)
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(
+    server, demo_paths, tmp_path, pools
+):
+    ranks, folder = pools(2), f"{RUNS}/failing"
+    ranks.run(set_environment, server.environment)
+    config = make_config(demo_paths, tmp_path, 2, 1)
+    with server.failing("503 Slow Down", seconds=8):
+        ranks.run(save_beside_a_failing_store, config, folder)
+    assert server.refused > 0
+    assert (
+        sum(name.endswith(".distcp") for name in store.files(store.path(folder))) == 2
+    )
+
+
+def test_a_store_that_refuses_is_one_sentence_in_the_driver(
+    server, demo_paths, tmp_path
+):
+    config = make_config(demo_paths, tmp_path, 1, 1)
+    for name, value in (
+        ("storage_path", "s3://no-such-bucket/runs"),
+        ("export_to", "s3://no-such-bucket/model"),
+        ("storage_path", "nfs://somewhere/runs"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}='{value}' must be a bucket"):
+            storage.check(replace(config, cache_dir=str(tmp_path), **{name: value}))
+    with server.failing("403 Forbidden", seconds=60):
+        with pytest.raises(ConfigError, match=r"these credentials may use .*ACCESS"):
+            storage.check(replace(config, cache_dir=str(tmp_path), storage_path=RUNS))
+        with pytest.raises(ConfigError, match=r"storage_path='s3:.* must be readable"):
+            cli.read_config({"resume_from": "run", "storage_path": RUNS, "tp_size": 1})
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint='s3://.*has no man"):
+        storage.check(replace(config, resume_from_checkpoint=f"{RUNS}/none"))
+    with pytest.raises(ConfigError, match="cache_dir='s3://b' must be a folder on a d"):
+        TrainConfig(cache_dir="s3://b")
+
+
+def test_a_dataset_in_a_store_is_copied_once(server, demo_paths, disk, tmp_path):
+    for path in Path(demo_paths[1]).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(demo_paths[1])
+            store.copy(path, store.path(f"s3://{s3.BUCKET}/data") / name)
+    settings = {"cache_dir": str(disk), "dataset_percentage": 5}
+    local = make_config(demo_paths, tmp_path, 1, 1, **settings)
+    remote = replace(local, dataset_name=f"s3://{s3.BUCKET}/data")
+    rows = launch.prepare(remote).prepared_data
+    assert launch.prepare(remote).prepared_data == rows
+    assert len(list((disk / "fetched").glob("*[0-9a-f]"))) == 1
+    same = Path(launch.prepare(local).prepared_data, "input_ids.npy").read_bytes()
+    assert Path(rows, "input_ids.npy").read_bytes() == same
+    with pytest.raises(ConfigError, match=r"there is no such folder"):
+        launch.prepare(replace(local, dataset_name=f"s3://{s3.BUCKET}/none"))
+
+
+def test_in_a_store_the_manifest_makes_the_checkpoint(server, demo_paths, tmp_path):
+    config = make_config(demo_paths, tmp_path, 1, 1, run_name="names")
+    config = replace(config, storage_path=RUNS, cache_dir=str(tmp_path))
+    for step in (2, 4, 6):
+        partial = manifest.partial_folder(config, step)
+        (partial / "weights.distcp").write_bytes(b"weights")
+        (partial / saving.STATE_FILE).write_text("{}")
+        if step < 6:
+            manifest.publish(partial, {}, {"step": step})
+    assert checkpoint.last_of(config) == f"{RUNS}/names/checkpoint-000004"
+    manifest.remove_leftovers(config)
+    assert [p.name[-1] for p in manifest.checkpoints(config)] == ["4", "2"]
+    assert not store.files(manifest.partial_folder(config, 6))
+    newest = manifest.checkpoints(config)[0]
+    (newest / "weights.distcp").write_bytes(b"weight")
+    with pytest.raises(CheckpointError, match="must have 7 bytes, but has 6"):
+        manifest.verify(newest)
+    assert checkpoint.last_of(config) == f"{RUNS}/names/checkpoint-000002"
+    (newest / "weights.distcp").write_bytes(b"weights")
+    (newest / saving.STATE_FILE).write_text("[]")
+    with pytest.raises(CheckpointError, match=r"state\.json must be as it was"):
+        manifest.verify(newest)
+    manifest.prune(replace(config, save_total_limit=1), 4)
+    assert [p.name[-1] for p in manifest.checkpoints(config)] == ["4"]

@@ -1,0 +1,140 @@
+"""Where a run's ranks go: which device, and which nodes, so that TP groups stay whole.
+
+A TP group communicates in every layer: over the network between nodes it would wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import ray
+import ray._private.state  # no public API tells what a cluster may grow to
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from tp2d_lib import cluster
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model import build_empty_model
+
+REPLACE_S = 600.0  # a cloud needs minutes to replace a node
+NODE = "ray.io/node-id"  # the label that Ray gives every node
+SMALL = 1_000_000_000  # parameters that device="auto" trains on CPUs
+
+
+def pick_device(config: TrainConfig) -> str:
+    """ "cuda" or "cpu"; joins Ray to count its GPUs, unless ``device`` is "cpu".
+
+    What counts is the cluster, with the nodes that it may still add: the driver's own
+    node may have no GPU.
+
+    Raises:
+        ConfigError: there are too few GPUs, or none for a model too large for CPUs.
+    """
+    if config.device == "cpu":
+        return "cpu"
+    cluster.connect()
+    found = max(cluster.gpus(), gpus_later())
+    if config.device == "auto" and found == 0:
+        check_small(config)
+        print("the cluster has no GPU: training on CPUs")
+        return "cpu"
+    if found < config.num_workers:
+        fits = f"tp_size and dp_size whose product is at most {found}, or "
+        raise ConfigError(
+            f"num_workers={config.num_workers} must not exceed the cluster's {found} "
+            f"GPUs; try {fits * (found > 0)}device='cpu'"
+        )
+    return "cuda"
+
+
+def gpus_later() -> int:
+    """How many GPUs the cluster may grow to; 0 if it does not scale by itself."""
+    limits = ray._private.state.state.get_max_resources_from_cluster_config()
+    return int((limits or {}).get("GPU", 0))
+
+
+def check_small(config: TrainConfig) -> None:
+    size = sum(p.numel() for p in build_empty_model(config).parameters())
+    if size > SMALL:
+        raise ConfigError(
+            f"device='auto' must find a GPU to train {size / 1e9:.1f} billion "
+            "parameters, but the cluster has none; try device='cpu' if you mean it"
+        )
+
+
+def resources(config: TrainConfig) -> dict[str, float]:
+    """What one worker asks Ray for: more workers than CPUs share them."""
+    share = ray.cluster_resources().get("CPU", 1) / config.num_workers
+    cpus = math.floor(100 * share) / 100  # Ray rounds after four digits
+    cpus = min(max(cpus, 0.01), 1.0)
+    return {"CPU": cpus} | ({"GPU": 1} if config.device == "cuda" else {})
+
+
+def bundles(config: TrainConfig) -> list[dict[str, float]]:
+    """The resources that must be on one node: a TP group's, or a worker's alone."""
+    together = config.tp_size if config.tp_across_nodes == "refuse" else 1
+    need = {name: together * part for name, part in resources(config).items()}
+    return [need] * (config.num_workers // together)
+
+
+def check_nodes(config: TrainConfig) -> None:
+    """Find before training that the nodes cannot hold the TP groups, even when idle.
+
+    Raises:
+        ConfigError: a TP group would span nodes.
+    """
+    wanted = bundles(config)
+    held = sum(
+        min(int(node["Resources"].get(name, 0) / n) for name, n in wanted[0].items())
+        for node in cluster.nodes()
+    )
+    if held < len(wanted) and not gpus_later():
+        raise ConfigError(
+            f"tp_size={config.tp_size} must fit into single nodes {len(wanted)} times, "
+            f"but they hold {held} such groups; try a smaller tp_size, or "
+            "tp_across_nodes='warn'"
+        )
+
+
+def find(
+    config: TrainConfig, show: Callable[..., None], seconds: float = REPLACE_S
+) -> list[dict[str, str]] | None:
+    """A label selector for each worker, so that every TP group is on one node.
+
+    Ray itself packs workers without regard to TP groups. So reserve the groups, which
+    also makes the cluster grow, see where they are, and give them back. Waits aloud
+    while GPUs are busy or a lost node is replaced; Ray would, silently and for ever.
+
+    Returns:
+        One selector per worker, in rank order; None where TP groups may span nodes.
+
+    Raises:
+        ConfigError: no room was found.
+    """
+    wanted = bundles(config)
+    group = placement_group(wanted, strategy="PACK")
+    what = f"{len(wanted)} x {describe(wanted[0])}, each on one node"
+    try:
+        if not group.wait(2):
+            show(f"waiting for {what}")
+            if not group.wait(seconds):
+                raise ConfigError(
+                    f"num_workers={config.num_workers} must find free in the cluster "
+                    f"{what}, but did not in {seconds:.0f} s; try fewer workers"
+                )
+        where = placement_group_table(group)["bundles_to_node_id"]
+    finally:
+        remove_placement_group(group)
+    if config.tp_across_nodes != "refuse":
+        return None
+    found = sorted(where[index] for index in range(len(wanted)))
+    return [{NODE: node} for node in found for _ in range(config.tp_size)]
+
+
+def describe(bundle: dict[str, float]) -> str:
+    kind = "GPU" if "GPU" in bundle else "CPU"
+    return f"{bundle[kind]:g} {kind}{'s' * (bundle[kind] != 1)}"
