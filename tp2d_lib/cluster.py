@@ -30,6 +30,7 @@ WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice reports and the end promptly
     **watchdog.NCCL_ENV,
 }
+HUB_ENV = ("HF_ENDPOINT", "HF_HUB_OFFLINE")  # not HF_TOKEN: Ray shows and logs these
 REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 own = False  # whether this process started the cluster
 
@@ -52,7 +53,11 @@ def connect() -> None:
     options = {
         "runtime_env": {
             "py_modules": [tp2d_lib],
-            "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+            "env_vars": {
+                name: os.environ[name]
+                for name in (*WORKER_ENV, *HUB_ENV)
+                if name in os.environ
+            },
         },
         "logging_level": logging.ERROR,
         "log_to_driver": False,
