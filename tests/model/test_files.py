@@ -98,6 +98,7 @@ def expected(folder):
 
 def test_a_node_downloads_each_file_once(ranks, config, repository, folder):
     assert ranks.run(fetched, config) == [expected(folder)] * 2
+    assert len(repository.requests) == len(set(repository.requests))  # HEAD, GET
     assert repository.downloads() == dict.fromkeys(USED, 1)
     assert ranks.run(fetched, config) == [expected(folder)] * 2
     assert not repository.downloads()

@@ -24,9 +24,9 @@ class Repository:
     ``answers`` of a file to what its next downloads do: "cut" half way, or a status.
     """
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: str | Path):
         self.commit = hashlib.sha1(name.encode()).hexdigest()
-        self.folder = folder
+        self.folder = Path(folder)
         self.refusal: tuple[int, dict] | None = None
         self.answers: dict[str, list] = {}
         self.requests: list[tuple[str, str, str | None]] = []
@@ -57,7 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         Thread(target=self.serve_forever, daemon=True).start()
 
-    def add(self, name: str, folder: Path) -> Repository:
+    def add(self, name: str, folder: str | Path) -> Repository:
         self.repositories[name] = Repository(name, folder)
         return self.repositories[name]
 
@@ -73,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         api, file = API.fullmatch(self.path), FILE.fullmatch(self.path)
+        if api is file is None:  # of a folder, or of what only the real Hub has
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
         repository = self.server.repositories.get((api or file)[1])
         if repository is None:
             return self.reply(404, MISSING)
