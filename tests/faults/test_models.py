@@ -46,7 +46,13 @@ def narrower(path: Path) -> None:
 
 
 def missing_shard(path: Path) -> None:
+    path.with_name("model.safetensors").unlink()  # else no index is read
     path.write_text(json.dumps({"weight_map": {"lm_head.weight": "other.safetensors"}}))
+
+
+def index_not_json(path: Path) -> None:
+    path.with_name("model.safetensors").unlink()
+    not_json(path)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def missing_shard(path: Path) -> None:
         ("model.safetensors", cut, "undamaged model.safetensors"),
         ("model.safetensors", empty, "undamaged model.safetensors"),
         (INDEX, missing_shard, "undamaged other.safetensors (it is in the index only)"),
-        (INDEX, not_json, f"undamaged {INDEX}"),
+        (INDEX, index_not_json, f"undamaged {INDEX}"),
         ("tokenizer.json", empty, "must hold its tokenizer's files"),
         ("tokenizer.json", not_json, "must hold its tokenizer's files"),
         ("tokenizer.json", Path.unlink, "must hold its tokenizer's files"),

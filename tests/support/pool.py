@@ -14,7 +14,8 @@ LOADED = ["torch._dynamo", "transformers.models.llama.modeling_llama"]
 FORKSERVER.set_forkserver_preload(["tp2d_lib.autotp", "tp2d_lib.fsdp", *LOADED])
 
 
-def serve(rank: int, world_size: int, store: str, pipe) -> None:
+def serve(rank: int, world_size: int, store: str, pipe, environment: dict) -> None:
+    os.environ.update(environment)  # before anything reads it
     import torch
     import torch.distributed as dist
 
@@ -32,17 +33,21 @@ def serve(rank: int, world_size: int, store: str, pipe) -> None:
 
 
 class Pool:
-    """``run(function, *args)`` calls it on every rank; answers come in rank order."""
+    """``run(function, *args)`` calls it on every rank; answers come in rank order.
 
-    def __init__(self, world_size: int):
+    Ranks with an environment of their own are started anew, which takes seconds:
+    libraries read some variables when they are imported.
+    """
+
+    def __init__(self, world_size: int, **environment: str):
+        context = multiprocessing.get_context("spawn") if environment else FORKSERVER
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
         self.pipes, self.processes = [], []
         for rank in range(world_size):
-            ours, theirs = FORKSERVER.Pipe()
-            process = FORKSERVER.Process(
-                target=serve, args=(rank, world_size, store, theirs), daemon=True
-            )
+            ours, theirs = context.Pipe()
+            args = (rank, world_size, store, theirs, environment)
+            process = context.Process(target=serve, args=args, daemon=True)
             process.start()
             theirs.close()  # so that a rank that dies is seen, not waited for
             self.pipes.append(ours)

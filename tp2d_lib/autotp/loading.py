@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import weights
+from tp2d_lib.model.files import model_directory
 from tp2d_lib.model.guards import check_finite
 
 
@@ -17,7 +18,7 @@ def load_full_model(config: TrainConfig) -> PreTrainedModel:
         ValueError: a parameter of the model has no tensor in the files.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    directory = weights.model_directory(config)
+    directory = model_directory(config)
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model.hub import refused
 
 
 def load_model_config(config: TrainConfig) -> PretrainedConfig:
@@ -24,10 +25,7 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
             name, revision=config.model_revision, trust_remote_code=False
         ).get_text_config()
     except Exception as error:  # a config.json can be wrong in any way
-        raise ConfigError(
-            f"model_name={name!r} must be a model directory or a model on the Hub; "
-            f"try 'Qwen/Qwen2.5-0.5B' ({first_line(error)})"
-        ) from error
+        raise refused(config, error) from error
 
 
 def device_type(config: TrainConfig) -> str:

@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from huggingface_hub import constants, model_info
+from huggingface_hub import constants, hf_hub_download, model_info
 
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import digest
+from tp2d_lib.model import files
 from tp2d_lib.model.architecture import load_model_config
-from tp2d_lib.model.weights import model_directory
+from tp2d_lib.model.hub import errors_explained
 
 KNOWN: dict[tuple, dict[str, str]] = {}
 VARYING = ("_name_or_path", "transformers_version")  # no part of what the model is
@@ -39,18 +41,23 @@ def at_start(config: TrainConfig) -> dict[str, str]:
 
 
 def file_digests(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of each of the model's safetensors files, by name."""
+    """SHA-256 of each safetensors file that the model is read from, by name."""
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
-        paths = sorted(model_directory(config).glob("*.safetensors"))
+        paths = files.weight_files(files.local_directory(config), config)
         with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
             digests = list(threads.map(digest, paths))
         return {path.name: found for path, found in zip(paths, digests, strict=True)}
-    info = model_info(
-        config.model_name, revision=config.model_revision, files_metadata=True
-    )
-    files = {file.rfilename: file.lfs for file in info.siblings or []}
-    return {
-        name: lfs.sha256
-        for name, lfs in files.items()
-        if lfs and "/" not in name and name.endswith(".safetensors")
-    }
+    with errors_explained(config):
+        return recorded_digests(config)
+
+
+def recorded_digests(config: TrainConfig) -> dict[str, str]:
+    """``file_digests`` as the Hub recorded them: no file of weights is read."""
+    name = config.model_name
+    info = model_info(name, revision=config.model_revision, files_metadata=True)
+    stored = {file.rfilename: file.lfs for file in info.siblings or []}
+    names = [files.SINGLE]
+    if files.SINGLE not in stored:
+        index = hf_hub_download(name, files.INDEX, revision=info.sha)
+        names = files.names_in(Path(index), config)
+    return {name: stored[name].sha256 for name in names if stored.get(name)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,14 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
-from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub import constants, get_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,50 +30,36 @@ from transformers import (
 from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.architecture import load_model_config
+from tp2d_lib.model.files import (
+    damaged,
+    local_directory,
+    model_directory,
+    no_safetensors,
+    weight_files,
+)
 from tp2d_lib.model.guards import check_finite
-
-
-def model_directory(config: TrainConfig) -> Path:
-    """The folder with the model's safetensors; downloads a Hub model first."""
-    if os.path.isdir(config.model_name):
-        directory = Path(config.model_name)
-    else:
-        directory = Path(
-            snapshot_download(
-                config.model_name,
-                revision=config.model_revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
-            )
-        )
-    if not list(directory.glob("*.safetensors")):
-        raise no_safetensors(config)
-    return directory
-
-
-def no_safetensors(config: TrainConfig) -> ConfigError:
-    return ConfigError(
-        f"model_name={config.model_name!r} must hold safetensors files; convert it "
-        "with save_pretrained, which writes them"
-    )
+from tp2d_lib.model.hub import errors_explained
 
 
 def stored_shapes(config: TrainConfig) -> dict[str, list[int]]:
     """Names and shapes of the tensors in the model's files; reads only their headers.
 
     Raises:
-        ConfigError: the files are not safetensors, or not all of what they should be.
+        ConfigError: the Hub does not hand them out, they are not safetensors, or not
+            all of what they should be.
     """
     if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
-        directory = model_directory(config)
-        check_index(config, directory / "model.safetensors.index.json")
-        files = directory.glob("*.safetensors")
-        shapes = [shapes_in(path, config) for path in sorted(files)]
+        paths = weight_files(local_directory(config), config)
+        shapes = [shapes_in(path, config) for path in paths]
         return {name: shape for each in shapes for name, shape in each.items()}
     repository = {"repo_id": config.model_name, "revision": config.model_revision}
-    try:
-        files = get_safetensors_metadata(**repository).files_metadata.values()
-    except NotASafetensorsRepoError as error:
-        raise no_safetensors(config) from error
+    with errors_explained(config):
+        try:
+            files = get_safetensors_metadata(**repository).files_metadata.values()
+        except NotASafetensorsRepoError as error:
+            raise no_safetensors(config) from error
+        except SafetensorsParsingError as error:
+            raise damaged(config, "safetensors header", first_line(error)) from error
     return {name: info.shape for file in files for name, info in file.tensors.items()}
 
 
@@ -95,19 +81,6 @@ def check_shapes(
             )
 
 
-def check_index(config: TrainConfig, path: Path) -> None:
-    """Each file that the index of a model names must be there."""
-    if not path.exists():
-        return
-    try:
-        files = set(json.loads(path.read_bytes())["weight_map"].values())
-        missing = sorted(file for file in files if not path.with_name(file).is_file())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(config, path, first_line(error)) from error
-    if missing:
-        raise damaged(config, path.with_name(missing[0]), "it is in the index only")
-
-
 def shapes_in(path: Path, config: TrainConfig) -> dict[str, list[int]]:
     """Names and shapes of the tensors in a file that is as long as its header says."""
     try:
@@ -115,14 +88,7 @@ def shapes_in(path: Path, config: TrainConfig) -> dict[str, list[int]]:
             names = file.keys()
             return {name: file.get_slice(name).get_shape() for name in names}
     except (OSError, SafetensorError) as error:
-        raise damaged(config, path, first_line(error)) from error
-
-
-def damaged(config: TrainConfig, path: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"model_name={config.model_name!r} must hold an undamaged {path.name} "
-        f"({reason}); try another copy of the model"
-    )
+        raise damaged(config, path.name, first_line(error)) from error
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -133,6 +99,22 @@ def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
         if model.get_parameter(second) is model.get_parameter(first)
     }
     return {k: v for k, v in model.state_dict().items() if k not in second_names}
+
+
+class ListedFiles(FileSystem):
+    def __init__(self, files: list[Path]):
+        self.files = [str(file) for file in files]
+
+    def ls(self, path: str) -> list[str]:
+        return self.files
+
+
+class WeightsReader(HuggingFaceStorageReader):
+    """PyTorch's reader, of the given files: it would read all safetensors files."""
+
+    def __init__(self, directory: Path, files: list[Path]):
+        super().__init__(str(directory))
+        self.fs = ListedFiles(files)
 
 
 def load_pretrained(
@@ -147,7 +129,7 @@ def load_pretrained(
     model.to_empty(device=device)
     rebuild_buffers(model)
     directory = model_directory(config)
-    reader = HuggingFaceStorageReader(str(directory))
+    reader = WeightsReader(directory, weight_files(directory, config))
     stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)
     check_complete(wanted.keys() - stored.keys(), directory)
