@@ -19,6 +19,7 @@ from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.cluster import connect, pick_device, quiet
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model import determinism
 from tp2d_lib.monitor import failures, progress, reporting, signals
 
 __all__ = ["as_yaml", "connect", "pick_device", "prepare", "quiet", "run", "train"]
@@ -146,6 +147,9 @@ def build_trainer(
             name=config.run_name,
             storage_path=config.storage_path,
             callbacks=callbacks,
+            worker_runtime_env={
+                "env_vars": determinism.environment() if config.deterministic else {}
+            },
             failure_config=ray.train.FailureConfig(  # see attempts
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
