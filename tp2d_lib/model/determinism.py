@@ -7,7 +7,7 @@ import os
 import torch
 
 DEFAULTS = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else other streams decide how it sums
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # NVIDIA's advice for several streams
     "NCCL_ALGO": "^NVLS",  # the switch of the NVLink network sums in any order
     "TORCHINDUCTOR_DETERMINISTIC": "1",  # torch.compile times no kernels to choose one
 }
