@@ -128,6 +128,7 @@ def compiled(run: Run) -> str:
         guards.check_compiler(config)
     except ConfigError as error:
         raise Skipped(str(error)) from error
+    torch._dynamo.reset()  # else the shapes of the mesh before would count as dynamic
     before = counters["stats"]["unique_graphs"]
     _, losses, norms = train(run, config)
     graphs = counters["stats"]["unique_graphs"] - before
