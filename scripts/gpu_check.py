@@ -78,61 +78,78 @@ def with_deepspeed(check, run: Run) -> str:
     return check(run)
 
 
-def check_all(place: Path, options: argparse.Namespace) -> Report:
-    report = Report()
-    for tp_size, dp_size in sizes(dist.get_world_size()):
-        run = Run(place, tp_size, dp_size, options.device, options.deterministic)
-        try:
-            guards.check_sizes(run.config())
-        except ConfigError as error:
-            report.check(run, "all", partial(skip, str(error)))
-            continue
-        for name, check in CHECKS.items():
-            if options.only in name:
-                report.check(run, name, check)
-    for name, check in DEEPSPEED.items():  # it keeps its first mesh: here, the last
-        if options.only in name:
-            report.check(run, name, partial(with_deepspeed, check))
-    return report
+def fits(run: Run, report: Report) -> bool:
+    """Whether the demo model can be sharded over this mesh; if not, say why."""
+    try:
+        guards.check_sizes(run.config())
+        return True
+    except ConfigError as error:
+        report.check(run, "all checks", partial(skip, str(error)))
+        return False
 
 
 def skip(why: str, run: Run) -> str:
     raise Skipped(why)
 
 
-def main() -> int:
+def check_all(place: Path, options: argparse.Namespace) -> Report:
+    report = Report()
+    shared = (place, options.device, options.deterministic)
+    runs = [Run(*mesh, *shared) for mesh in sizes(dist.get_world_size())]
+    runs = [run for run in runs if fits(run, report)]
+    for run in runs:
+        for name, check in CHECKS.items():
+            if options.only in name:
+                report.check(run, name, check)
+    for run in runs[-1:]:  # DeepSpeed keeps its first mesh for good
+        for name, check in DEEPSPEED.items():
+            if options.only in name:
+                report.check(run, name, partial(with_deepspeed, check))
+    return report
+
+
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="a resume must be equal bit for bit",
+        "--deterministic", action="store_true", help="as in a run; resume must be exact"
     )
     parser.add_argument("--only", default="", help="checks with this in their name")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda must find a GPU; try --device cpu")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """What must be settled before anything is computed."""
     if options.device == "cpu":
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    elif not torch.cuda.is_available():
-        parser.error("--device cuda must find a GPU; try --device cpu")
     if options.deterministic:
         determinism.enforce()
     torch.set_float32_matmul_precision("highest")  # some images allow TF32
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.disable_progress_bar()
     join(options.device)
-    place = [tempfile.mkdtemp(prefix="tp2d-gpu-")] if dist.get_rank() == 0 else [None]
+
+
+def main() -> int:
+    options = read_options()
+    prepare(options)
+    first = dist.get_rank() == 0
+    place = [tempfile.mkdtemp(prefix="tp2d-gpu-") if first else None]
     dist.broadcast_object_list(place)
     try:
-        if dist.get_rank() == 0:
+        if first:
             write_files(Path(place[0]), large=options.device == "cuda")
         dist.barrier()
         report = check_all(Path(place[0]), options)
         dist.barrier()
     finally:
-        if dist.get_rank() == 0:
+        if first:
             shutil.rmtree(place[0], ignore_errors=True)
-    if dist.get_rank() == 0:
+    if first:
         table = as_markdown(report, options)
         print(f"\n{table}")
         if options.markdown:

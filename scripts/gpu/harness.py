@@ -59,9 +59,9 @@ def within(**figures: tuple[float, float]) -> str:
 class Run:
     """One mesh, and configurations to train on it."""
 
-    place: Path  # of the files; every rank sees it
     tp_size: int
     dp_size: int
+    place: Path  # of the files; every rank sees it
     device: str
     deterministic: bool
 

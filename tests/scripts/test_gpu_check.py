@@ -22,7 +22,7 @@ from scripts.gpu import training
 training.WEIGHTS["sgd"] *= float(sys.argv.pop(1))
 sys.exit(gpu_check.main())
 """
-TEXT = {"capture_output": True, "text": True, "timeout": 600}
+TEXT = {"capture_output": True, "text": True, "timeout": 900}
 
 
 def run(*command: str) -> tuple[int, dict[str, list[str]], str]:
