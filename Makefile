@@ -19,8 +19,9 @@ check: lint  ## for the inner loop: lint, then the tests that start no ranks
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-faults: lint  ## every damage, kill, hang and bad input; prints survived / tried
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults
+test-faults: lint  ## every damage, kill, hang and bad input, the GPUs' checks on a CPU
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
+		tests/scripts/test_gpu_check.py
 
 bench: .venv/installed  ## speed and memory, side by side, as ratios
 	$(BIN)/python scripts/bench.py

@@ -56,6 +56,7 @@ SEEN_BY = {
     "partition_config": "autotp/test_partition:test_every_source_equals_one_process",
     "vocab_parallel_lm_head": "autotp/test_partition:test_vocabulary_tied_and_untied",
     "seed": "data/test_loader:test_order_depends_on_seed_and_epoch_only",
+    "deterministic": "test_options:test_deterministic_trains_the_same",
     "device": "test_launch:test_too_few_gpus_is_said_before_a_worker_starts",
     "dtype": "test_options:test_autocast_computes_in_bfloat16_and_sends_float32",
     "autocast": "test_options:test_autocast_computes_in_bfloat16_and_sends_float32",

@@ -1,5 +1,7 @@
 """Runs through Ray Train: resources checked, runs continued, errors passed on."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import ray
 from tp2d_lib import autotp, checkpoint, fsdp, launch
 from tp2d_lib.attempts import Failed
 from tp2d_lib.config import ConfigError
+from tp2d_lib.model import determinism
 from tp2d_lib.presets import build_config
 
 
@@ -35,12 +38,22 @@ def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path):
         ray.shutdown()
 
 
+def watched(config):
+    """The usual training; its ranks note what they found when they started."""
+    found = {name: os.environ.get(name) for name in determinism.DEFAULTS}
+    Path(config.storage_path, "environment.json").write_text(json.dumps(found))
+    fsdp.train_func(config)
+
+
 def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
     """Also on another mesh, whatever Ray's own list says; once done, at once."""
     cluster()
     settings = {"run_name": "again", "log_interval": 3, "checkpoint_every": 2}
+    settings["deterministic"] = True
     config = build_config("demo", str(tmp_path), max_steps=4, tp_size=2, **settings)
-    first = checkpoint.history(launch.run(fsdp.train_func, config, fsdp.check))
+    first = checkpoint.history(launch.run(watched, config, fsdp.check))
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert found == determinism.environment()
     assert [record["step"] for record in first] == [2, 3, 4]
     assert "step 4/4" in capsys.readouterr().out
 

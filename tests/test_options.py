@@ -1,5 +1,6 @@
 """Options that change how a step is computed: compile, autocast; each against plain."""
 
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from tests.support.models import write_model
 from tests.support.parity import make_config, make_steps, share_of
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError
+from tp2d_lib.model import determinism
 
 VARIANT = ("padded", 1, "sgd")
 
@@ -74,6 +76,33 @@ def test_compiled_equals_plain(engine, plain, pools):
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
         for weight, other in zip(got[1], expected[1], strict=True):
             torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
+
+
+def train_deterministically(engine, config):
+    """Run by every rank: its losses and norms, and the settings it computed them with.
+
+    PyTorch fills the memory of new tensors with NaN then: so nothing reads it.
+    """
+    (trained, _, _), *_ = train(engine, [config])
+    settings = {name: os.environ.get(name) for name in determinism.DEFAULTS}
+    settings["strict"] = torch.get_deterministic_debug_mode() == 2
+    settings["fixed"] = torch.backends.cudnn.deterministic
+    return trained, settings
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_deterministic_trains_the_same(engine, plain, pools):
+    plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
+    ranks = pools(2, f"{engine}-deterministic")  # a process stays so
+    usual = ranks.run(train_deterministically, engine, plain)
+    strict = ranks.run(
+        train_deterministically, engine, replace(plain, deterministic=True)
+    )
+    off = dict.fromkeys(determinism.DEFAULTS) | {"strict": False, "fixed": False}
+    on = determinism.DEFAULTS | {"strict": True, "fixed": True}
+    for (expected, before), (got, after) in zip(usual, strict, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        assert (before, after) == (off, on)
 
 
 @pytest.mark.parametrize(

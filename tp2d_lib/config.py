@@ -110,6 +110,11 @@ class TrainConfig:
         True, "DeepSpeed: shard embedding, head and loss over the vocabulary"
     )
     seed: int = setting(42, "seed of the data order and of every rank")
+    deterministic: bool = setting(
+        False,
+        "use deterministic algorithms only, so that a run on the same GPUs repeats bit "
+        "for bit; slower",
+    )
     device: str = setting(
         "auto",
         "where to train; auto: GPUs when the cluster has any, else CPUs",

@@ -27,6 +27,7 @@ from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model import determinism
 from tp2d_lib.monitor import failures, progress, reporting, signals
 from tp2d_lib.placement import pick_device
 
@@ -140,6 +141,8 @@ def build_trainer(
         raise Failed(str(error)) from error
     use_gpu = config.device == "cuda"
     variables, secrets = environment.to_send()
+    if config.deterministic:
+        variables |= determinism.environment()
     remote = store.is_remote(config.storage_path)
     files, path = store.path(config.storage_path).place if remote else (None, "")
     return TorchTrainer(

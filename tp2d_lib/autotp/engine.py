@@ -27,7 +27,7 @@ from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.model import weights
+from tp2d_lib.model import determinism, weights
 from tp2d_lib.model.guards import (
     check_replicated_gradients,
     check_same_function,
@@ -102,6 +102,8 @@ def build_engine(
     own_rules = rules.read(config.partition_config)
     config = replace(config, device=mesh.device_type, partition_config=own_rules)
     check_precision(config)  # for callers that did not check in the driver
+    if config.deterministic:
+        determinism.enforce()
     # The same dropout on all tp ranks: they replicate the residual stream.
     torch.manual_seed(config.seed + mesh["dp"].get_local_rank())
     init_deepspeed(mesh)

@@ -29,7 +29,7 @@ from tp2d_lib.fsdp.files import HashingWriter, PlainReader
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.model import weights
+from tp2d_lib.model import determinism, weights
 from tp2d_lib.model.guards import check_replicated_gradients
 
 CPU = torch.device("cpu")
@@ -127,6 +127,8 @@ def build_engine(
     ``train_step``; a dry run passes a ``load`` that reads nothing.
     """
     check_precision(config)
+    if config.deterministic:
+        determinism.enforce()
     torch.manual_seed(config.seed + dist.get_rank())
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp2d_lib import data, store
-from tp2d_lib.checkpoint import manifest, report
+from tp2d_lib import checkpoint, data, store
+from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.monitor import health
@@ -198,7 +198,8 @@ class Metrics:
         """Send a record to the driver and, through Ray, to ``report_to``."""
         self.publish(record)
         if self.config.report_to:
-            report(dict(record), self.config)  # a copy: an eval_loss may be added
+            # A copy, because an eval_loss may be added.
+            checkpoint.report(dict(record), self.config)
 
     def over_ranks(self) -> tuple[int, int]:
         """Valid tokens over all dp ranks; the largest peak memory of any rank."""
