@@ -18,13 +18,15 @@ class CommBytes(TorchDispatchMode):
 
     PyTorch's ``CommDebugMode`` counts too, but fails under DeepSpeed's hooks.
     ``rows`` maps (group name, collective) to [calls, bytes], where a group's name is
-    its mesh dimension, "dp" or "tp", and "world" for all ranks.
+    its mesh dimension, such as "dp" or "tp", and "world" for all ranks. With HSDP the
+    model's own mesh must be given too.
     """
 
-    def __init__(self, mesh):
+    def __init__(self, *meshes):
         super().__init__()
         groups = {"world": dist.group.WORLD}
-        groups |= {name: mesh.get_group(name) for name in mesh.mesh_dim_names}
+        for mesh in meshes:
+            groups |= {name: mesh.get_group(name) for name in mesh.mesh_dim_names}
         self.groups = {
             key: (name, group.size())
             for name, group in groups.items()
