@@ -37,6 +37,7 @@ SEEN_BY = {
     "prepared_eval_data": "test_evaluate:test_equal_on_every_mesh_and_to_one_process",
     "tp_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "dp_size": "fsdp/test_parity:test_mesh_equals_one_process",
+    "dp_replicate_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "num_workers": "test_config:test_mesh_not_as_large_as_workers",
     "batch_size_per_gpu": "data/test_loader:test_batches_have_the_shape_asked_for",
     "gradient_accumulation_steps": "fsdp/test_parity:test_mesh_equals_one_process",

@@ -85,6 +85,7 @@ def test_compiled_equals_plain(engine, plain, pools):
             "autocast=True must be combined with bf",
         ),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
+        (autotp, {"dp_replicate_size": 2}, "dp_replicate_size=2 must be left to FSDP2"),
         (autotp, {"async_checkpoint": True}, "async_checkpoint=True must be left to"),
     ],
 )

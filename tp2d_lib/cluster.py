@@ -135,13 +135,26 @@ def pick_device(config: TrainConfig) -> str:
     check_gpus(config)
     for node in ray.nodes():
         here = int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
-        if here % config.tp_size:
-            print(
-                f"Note: node {node['NodeManagerHostname']} has {here} GPUs, not a "
-                f"multiple of tp_size={config.tp_size}: a TP group may span two nodes, "
-                "where every layer waits for the network."
-            )
+        if note := split_group(config, here):
+            print(f"Note: node {node['NodeManagerHostname']} has {here} GPUs, {note}.")
     return "cuda"
+
+
+def split_group(config: TrainConfig, here: int) -> str | None:
+    """Why neighbours that should share a node of ``here`` GPUs may not, if so."""
+    if here % config.tp_size:
+        return (
+            f"not a multiple of tp_size={config.tp_size}: a TP group may span two "
+            "nodes, where every layer waits for the network"
+        )
+    copies = config.dp_replicate_size
+    copy = config.num_workers // copies  # a larger one spans nodes as asked
+    if copies > 1 and here % copy and copy % here:
+        return (
+            f"not a multiple of the {copy} ranks that shard each of "
+            f"dp_replicate_size={copies} copies of the model: one may span two nodes"
+        )
+    return None
 
 
 def gpus() -> int:
