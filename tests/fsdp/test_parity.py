@@ -94,28 +94,26 @@ def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path
 
 
 def groups(tp_size, dp_size, copies):
-    """Run by every rank: the ranks of its groups."""
+    """Run by every rank: the ranks of its groups, by name."""
     from tp2d_lib.mesh import build_mesh, split_dp
 
     mesh = build_mesh(dp_size, tp_size)
     split = split_dp(mesh, copies)
     assert (split is mesh) == (copies == 1)
-    return [
-        dist.get_process_group_ranks(split.get_group(name))
+    return {
+        name: dist.get_process_group_ranks(split.get_group(name))
         for name in split.mesh_dim_names
-    ]
+    }
 
 
 def test_neighbours_shard_a_copy(pools):
-    """Ranks are numbered node by node."""
-    assert [rank[1] for rank in pools(4).run(groups, 1, 4, 2)] == [
-        [0, 1],
-        [0, 1],
-        [2, 3],
-        [2, 3],
-    ]
-    assert pools(4).run(groups, 2, 2, 2)[3] == [[1, 3], [3], [2, 3]]
-    assert pools(4).run(groups, 2, 2, 1)[3] == [[1, 3], [2, 3]]
+    """Ranks are numbered node by node, so a copy stays inside one."""
+    *_, last = pools(4).run(groups, 1, 4, 2)
+    assert last == {"dp_replicate": [1, 3], "dp_shard": [2, 3], "tp": [3]}
+    *_, last = pools(4).run(groups, 2, 2, 2)
+    assert last == {"dp_replicate": [1, 3], "dp_shard": [3], "tp": [2, 3]}
+    *_, last = pools(4).run(groups, 2, 2, 1)
+    assert last == {"dp": [1, 3], "tp": [2, 3]}
 
 
 def test_reference_clips_and_moves(references, models):

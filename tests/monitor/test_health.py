@@ -88,6 +88,7 @@ def drift(kind, config, axis):
     health.check_replicas(engine, 1)
     health.check_weights(engine, 1)
     groups = {group.mesh_dim_names[0]: (group, w) for group, w in engine.replicas()}
+    assert all(weights for _, weights in groups.values())
     group, weights = groups[axis]
     name, weight = next(iter(weights.items()))
     last = group.get_local_rank() == group.size() - 1
