@@ -78,4 +78,5 @@ def split_dp(mesh: DeviceMesh, dp_replicate_size: int) -> DeviceMesh:
     if dp_replicate_size == 1:
         return mesh
     sizes = (dp_replicate_size, mesh["dp"].size() // dp_replicate_size)
-    return mesh._unflatten("dp", sizes, ("dp_replicate", "dp_shard"))  # not yet public
+    # No public name yet; by number, because torch 2.11 refuses the name "dp".
+    return mesh._unflatten(0, sizes, ("dp_replicate", "dp_shard"))

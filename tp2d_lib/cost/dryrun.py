@@ -82,7 +82,7 @@ def report(
 
 def traffic(config: TrainConfig, predicted: dict[str, int]) -> str:
     tp, dp, copies = (size(predicted[name]) for name in ("tp", "dp", "dp_replicate"))
-    between = f", {copies} of it between the copies of the model"
+    between = f" ({copies} of it between the copies of the model)"
     return (
         f"one rank sends {tp} over tp and {dp} over dp"
         f"{between * (config.dp_replicate_size > 1)} in each step"
