@@ -121,6 +121,11 @@ def test_mesh_not_as_large_as_workers(make, workers, dp_size, tp_size):
     assert make(num_workers=proposal(message), **sizes) == make(**sizes)
 
 
+def test_copies_do_not_divide_dp(make):
+    message = refuse_field(make, "dp_replicate_size", 4, "divide dp_size=6", dp_size=6)
+    make(dp_replicate_size=proposal(message), dp_size=6)
+
+
 @pytest.mark.parametrize("tp_size", [3, 8, 64])
 def test_tp_size_does_not_divide_heads(check, demo_paths, tp_size):
     length = {"seq_length": 192}

@@ -98,11 +98,21 @@ def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
     config = replace(config, pack=pack)
     config = replace(config, prepared_eval_data=str(evaluate.prepare(config)))
     expected = expected_loss(config)
-    meshes = {"fsdp": [(1, 4), (2, 2), (4, 1)], "autotp": [(2, 2)]}
+    meshes = {
+        "fsdp": [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2)],
+        "autotp": [(2, 2, 1)],
+    }
     for engine, sizes in meshes.items():
         configs = [
-            replace(config, tp_size=tp, dp_size=dp, num_workers=None, zero_stage=3)
-            for tp, dp in sizes
+            replace(
+                config,
+                tp_size=tp,
+                dp_size=dp,
+                dp_replicate_size=copies,
+                num_workers=None,
+                zero_stage=3,
+            )
+            for tp, dp, copies in sizes
         ]
         for ranks in pools(4, engine).run(evaluate_on_mesh, engine, configs):
             before, after = ranks[0::2], ranks[1::2]

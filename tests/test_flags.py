@@ -37,6 +37,7 @@ SEEN_BY = {
     "prepared_eval_data": "test_evaluate:test_equal_on_every_mesh_and_to_one_process",
     "tp_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "dp_size": "fsdp/test_parity:test_mesh_equals_one_process",
+    "dp_replicate_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "num_workers": "test_config:test_mesh_not_as_large_as_workers",
     "tp_across_nodes": (
         "test_cluster:test_a_tp_group_over_two_nodes_is_refused_or_noted"

@@ -24,11 +24,11 @@ def cluster():
 
 @pytest.mark.ranks
 def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path):
-    ray.init(address="local", num_gpus=3, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_gpus=5, logging_level="ERROR", log_to_driver=False)
     try:
-        config = build_config("demo", str(tmp_path), tp_size=2, dp_size=2)
+        config = build_config("demo", str(tmp_path), tp_size=2, dp_size=3)
         with pytest.raises(
-            ConfigError, match=r"num_workers=4 must not exceed the cluster.s 3 GPUs"
+            ConfigError, match=r"num_workers=6 must not exceed the cluster.s 5 GPUs"
         ):
             launch.run(fsdp.train_func, config, fsdp.check)
         assert launch.pick_device(replace(config, device="cpu")) == "cpu"

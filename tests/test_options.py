@@ -114,6 +114,7 @@ def test_deterministic_trains_the_same(engine, plain, pools):
             "autocast=True must be combined with bf",
         ),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
+        (autotp, {"dp_replicate_size": 2}, "dp_replicate_size=2 must be left to FSDP2"),
         (autotp, {"async_checkpoint": True}, "async_checkpoint=True must be left to"),
     ],
 )

@@ -69,6 +69,11 @@ class TrainConfig:
     dp_size: int = setting(
         1, "data-parallel size: groups of ranks that read different rows"
     )
+    dp_replicate_size: int = setting(
+        1,
+        "FSDP2: copies of the model over dp, each sharded over neighbouring dp ranks "
+        "(HSDP)",
+    )
     num_workers: int | None = setting(
         None, "number of ranks; if omitted, tp_size * dp_size"
     )

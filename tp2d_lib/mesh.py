@@ -58,3 +58,25 @@ def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceM
     )
     assert torch.equal(mesh.mesh.cpu(), layout(dp_size, tp_size).to(mesh.mesh.dtype))
     return mesh
+
+
+def split_dp(mesh: DeviceMesh, dp_replicate_size: int) -> DeviceMesh:
+    """The mesh to shard weights on: with HSDP, dp becomes dp_replicate x dp_shard.
+
+    Neighbouring ranks shard one copy of the model, so that it stays inside a node, as a
+    TP group does; only sums of gradients are sent between copies.
+
+    Args:
+        mesh: of shape (dp_size, tp_size), as built by ``build_mesh``.
+        dp_replicate_size: copies of the model; it divides dp_size.
+
+    Returns:
+        ``mesh`` itself for one copy; otherwise one with the names ("dp_replicate",
+        "dp_shard", "tp"), of shape (dp_replicate_size, dp_size / dp_replicate_size,
+        tp_size).
+    """
+    if dp_replicate_size == 1:
+        return mesh
+    sizes = (dp_replicate_size, mesh["dp"].size() // dp_replicate_size)
+    # No public name yet; by number, because torch 2.11 refuses the name "dp".
+    return mesh._unflatten(0, sizes, ("dp_replicate", "dp_shard"))

@@ -75,10 +75,34 @@ def resources(config: TrainConfig) -> dict[str, float]:
 
 
 def bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """The resources that must be on one node: a TP group's, or a worker's alone."""
-    together = config.tp_size if config.tp_across_nodes == "refuse" else 1
+    """What must be on one node, as resources: a TP group, or a worker alone.
+
+    With ``dp_replicate_size`` the ranks that shard a copy of the model, if nodes hold
+    them: they gather each layer, while copies only add up gradients.
+    """
+    if config.tp_across_nodes != "refuse":
+        return of_size(config, 1)
+    copy = of_size(config, config.num_workers // config.dp_replicate_size)
+    if config.dp_replicate_size > 1 and fits(copy):
+        return copy
+    return of_size(config, config.tp_size)
+
+
+def of_size(config: TrainConfig, together: int) -> list[dict[str, float]]:
     need = {name: together * part for name, part in resources(config).items()}
     return [need] * (config.num_workers // together)
+
+
+def fits(wanted: list[dict[str, float]]) -> bool:
+    return held(wanted[0]) >= len(wanted)
+
+
+def held(bundle: dict[str, float]) -> int:
+    """How often the cluster's nodes hold a bundle, while they are idle."""
+    return sum(
+        min(int(node["Resources"].get(name, 0) / n) for name, n in bundle.items())
+        for node in cluster.nodes()
+    )
 
 
 def check_nodes(config: TrainConfig) -> None:
@@ -88,14 +112,10 @@ def check_nodes(config: TrainConfig) -> None:
         ConfigError: a TP group would span nodes.
     """
     wanted = bundles(config)
-    held = sum(
-        min(int(node["Resources"].get(name, 0) / n) for name, n in wanted[0].items())
-        for node in cluster.nodes()
-    )
-    if held < len(wanted) and not gpus_later():
+    if not fits(wanted) and not gpus_later():
         raise ConfigError(
             f"tp_size={config.tp_size} must fit into single nodes {len(wanted)} times, "
-            f"but they hold {held} such groups; try a smaller tp_size, or "
+            f"but they hold {held(wanted[0])} such groups; try a smaller tp_size, or "
             "tp_across_nodes='warn'"
         )
 
@@ -132,7 +152,8 @@ def find(
     if config.tp_across_nodes != "refuse":
         return None
     found = sorted(where[index] for index in range(len(wanted)))
-    return [{NODE: node} for node in found for _ in range(config.tp_size)]
+    each = config.num_workers // len(wanted)
+    return [{NODE: node} for node in found for _ in range(each)]
 
 
 def describe(bundle: dict[str, float]) -> str:

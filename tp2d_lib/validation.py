@@ -27,6 +27,7 @@ POSITIVE = {  # field -> a value that works
     "preprocessing_num_workers": 1,
     "tp_size": 1,
     "dp_size": 1,
+    "dp_replicate_size": 1,
     "num_workers": 1,
     "batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -147,6 +148,12 @@ def check_combinations(config: Any) -> None:
         raise ConfigError(
             f"num_workers={config.num_workers} must equal tp_size * dp_size = "
             f"{config.tp_size} * {config.dp_size}; try {world_size}"
+        )
+    if config.dp_size % config.dp_replicate_size:
+        raise ConfigError(
+            f"dp_replicate_size={config.dp_replicate_size} must divide "
+            f"dp_size={config.dp_size}; "
+            f"try {math.gcd(config.dp_size, config.dp_replicate_size)}"
         )
     if "://" in config.storage_path and config.cache_dir is None:
         raise ConfigError(

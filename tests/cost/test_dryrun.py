@@ -21,6 +21,12 @@ CASES = {  # engine, model, (tp_size, dp_size), settings
         {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
     ),
     "fsdp-windows": ("fsdp", "gemma3", (1, 4), {}),
+    "fsdp-copies": (
+        "fsdp",
+        "qwen2-tied",
+        (1, 4),
+        {"dp_replicate_size": 2, "gradient_accumulation_steps": 2},
+    ),
     "zero-0": ("autotp", "qwen3", (2, 2), {"zero_stage": 0}),
     "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16"}),
     "zero-2": (
@@ -46,7 +52,7 @@ def measure(engine, config):
     """Run by every rank: what it holds and sends, on real tensors."""
     from tp2d_lib import autotp, fsdp
     from tp2d_lib.cost import memory
-    from tp2d_lib.cost.comm import CommBytes
+    from tp2d_lib.cost.comm import DP, CommBytes
     from tp2d_lib.mesh import build_mesh
 
     build, rank_bytes = {
@@ -60,12 +66,14 @@ def measure(engine, config):
     ids = torch.randint(500, shape, generator=generator)
     batch = [{"input_ids": ids, "labels": ids}] * config.gradient_accumulation_steps
     built.gradients_checked = True  # its collective belongs to the first step
-    with memory.Activations(built.model) as kept, CommBytes(mesh) as sent:
+    counted = CommBytes(mesh, built.model)
+    with memory.Activations(built.model) as kept, counted as sent:
         held = rank_bytes(built, batch)
     return held | {
         "activations": kept.bytes,
         "tp": sent.sent("tp"),
-        "dp": sent.sent("dp"),
+        "dp": sent.sent(*DP),
+        "dp_replicate": sent.sent("dp_replicate"),
     }
 
 
@@ -108,7 +116,7 @@ def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools)
     masks = case == "fsdp-windows"  # a real run also keeps those of sliding windows
     close = pytest.approx(kept, rel=0.15 if masks else 0.01)
     assert predicted["activations"] == close
-    for name in ("tp", "dp"):
+    for name in ("tp", "dp", "dp_replicate"):
         assert predicted[name] == pytest.approx(ranks[0][name], rel=0.01), name
 
 

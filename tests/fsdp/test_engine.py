@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_resume_on_another_mesh(halfway, demo_paths, storage, pools, tp_size):
         torch.testing.assert_close(moved[0][1][name], weight, rtol=0, atol=1e-4)
 
 
+def test_copies_resume_too(halfway, demo_paths, storage, pools, tmp_path):
+    """HSDP: from one copy of the model to two, on with two bit by bit, back to one."""
+    optimizer, whole, folder = halfway
+    one = make_config(demo_paths, storage, 2, 2, optimizer=optimizer)
+    two = replace(one, tp_size=1, dp_size=4, batch_size_per_gpu=1, dp_replicate_size=2)
+    saved, position = str(tmp_path / "two"), 5 * GLOBAL_BATCH
+    on = pools(4).run(train, two, str(folder), 3 * GLOBAL_BATCH, 3, None)
+    pools(4).run(train, two, str(folder), 3 * GLOBAL_BATCH, 2, saved)
+    resumed = pools(4).run(train, two, saved, position, 1, None)
+    back = pools(4).run(train, one, saved, position, 1, None)
+    torch.testing.assert_close(on[0][0], whole[0][0][3:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(back[0][0], whole[0][0][5:], rtol=1e-5, atol=0)
+    for rank, (losses, weights, _) in enumerate(resumed):
+        assert losses == on[rank][0][2:]
+        for name, weight in on[rank][1].items():
+            assert torch.equal(weights[name], weight), name
+            torch.testing.assert_close(back[0][1][name], weight, rtol=0, atol=1e-4)
+
+
 def test_resume_on_more_ranks(halfway, demo_paths, storage, pools, tmp_path):
     """From 2 ranks to 4: two of them find no random state of their own."""
     optimizer, whole, _ = halfway
@@ -103,14 +123,20 @@ def export(config, folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen2-tied", "llama"])
-def test_export_returns_what_was_loaded(name, dtype, demo_paths, pools, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "copies"), [("qwen2-tied", 1), ("llama", 1), ("qwen2-tied", 2)]
+)
+def test_export_returns_what_was_loaded(
+    name, copies, dtype, demo_paths, pools, tmp_path
+):
     """Loading into shards and exporting from them changes no weight and no type."""
     source = write_model(name, tmp_path / "source", dtype)
     tokenizer = Path(demo_paths[0])
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (Path(source) / file).write_bytes((tokenizer / file).read_bytes())
-    config = make_config((source, demo_paths[1]), tmp_path, 2, 2)
+    config = make_config(
+        (source, demo_paths[1]), tmp_path, 2, 2, dp_replicate_size=copies
+    )
     pools(4).run(export, config, str(tmp_path / "export"))
     before = AutoModelForCausalLM.from_pretrained(source)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "export")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support.models import CONFIGS, write_model
 from tests.support.parity import (
@@ -13,7 +14,9 @@ from tests.support.parity import (
     train_references,
 )
 
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # (tp_size, dp_size)
+# (tp_size, dp_size, dp_replicate_size)
+MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2), (2, 2, 2)]
+CUBE = (2, 4, 2)  # eight ranks
 # (rows, accumulation, optimizer): each pair of settings meets once
 VARIANTS = [
     ("packed", 1, "sgd"),
@@ -23,15 +26,19 @@ VARIANTS = [
 ]
 
 
-def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
+def train_on_mesh(model_dir, sizes, variants, storage):
     """Run by every rank: what reference.train returns, for each variant."""
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.mesh import build_mesh
+    from tp2d_lib.monitor import health
 
+    tp_size, dp_size, copies = sizes
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
     results = []
     for variant in variants:
-        config = make_config(model_dir, storage, tp_size, dp_size, variant)
+        config = make_config(
+            model_dir, storage, tp_size, dp_size, variant, dp_replicate_size=copies
+        )
         engine = build_engine(config, mesh)
         losses, norms = [], []
         steps = make_steps(*variant[:2])
@@ -39,6 +46,7 @@ def train_on_mesh(model_dir, tp_size, dp_size, variants, storage):
             loss, norm = engine.step(batch)
             losses.append(float(loss))
             norms.append(float(norm))
+        health.check_replicas(engine, len(steps))
         weights = {
             name: weight.full_tensor().detach()
             for name, weight in engine.model.named_parameters()
@@ -62,16 +70,18 @@ def references(models):
     ("name", "mesh"),
     [
         *(("qwen2-tied", mesh) for mesh in MESHES),
-        *((name, (4, 1)) for name in CONFIGS if name != "qwen2-tied"),
+        *((name, (4, 1, 1)) for name in CONFIGS if name != "qwen2-tied"),
+        pytest.param("qwen2-tied", CUBE, marks=pytest.mark.faults),
     ],
     ids=str,
 )
 def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
     """One model meets every variant on every mesh; for others see test_families too."""
-    tp_size, dp_size = mesh
+    tp_size, dp_size, copies = mesh
     variants = VARIANTS if name == "qwen2-tied" else VARIANTS[1:3]
+    variants = VARIANTS[2:] if copies > 1 else variants
     answers = pools(tp_size * dp_size).run(
-        train_on_mesh, models[name], tp_size, dp_size, variants, str(tmp_path)
+        train_on_mesh, models[name], mesh, variants, str(tmp_path)
     )
     for variant, *ranks in zip(variants, *answers, strict=True):
         expected = references[(name, *variant)]
@@ -81,6 +91,29 @@ def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path
         weights = ranks[0][2]
         assert weights.keys() == expected[2].keys()
         assert_weights_equal(weights, expected[2], variant)
+
+
+def groups(tp_size, dp_size, copies):
+    """Run by every rank: the ranks of its groups, by name."""
+    from tp2d_lib.mesh import build_mesh, split_dp
+
+    mesh = build_mesh(dp_size, tp_size)
+    split = split_dp(mesh, copies)
+    assert (split is mesh) == (copies == 1)
+    return {
+        name: dist.get_process_group_ranks(split.get_group(name))
+        for name in split.mesh_dim_names
+    }
+
+
+def test_neighbours_shard_a_copy(pools):
+    """Ranks are numbered node by node, so a copy stays inside one."""
+    *_, last = pools(4).run(groups, 1, 4, 2)
+    assert last == {"dp_replicate": [1, 3], "dp_shard": [2, 3], "tp": [3]}
+    *_, last = pools(4).run(groups, 2, 2, 2)
+    assert last == {"dp_replicate": [1, 3], "dp_shard": [3], "tp": [2, 3]}
+    *_, last = pools(4).run(groups, 2, 2, 1)
+    assert last == {"dp": [1, 3], "tp": [2, 3]}
 
 
 def test_reference_clips_and_moves(references, models):

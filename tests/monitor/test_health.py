@@ -87,8 +87,11 @@ def drift(kind, config, axis):
     engine = import_module(f"tp2d_lib.{kind}").build_engine(config, mesh)
     health.check_replicas(engine, 1)
     health.check_weights(engine, 1)
-    name, weight = next(iter(engine.replicas()[axis == "dp"].items()))
-    last = mesh[axis].get_local_rank() == mesh[axis].size() - 1
+    groups = {group.mesh_dim_names[0]: (group, w) for group, w in engine.replicas()}
+    assert all(weights for _, weights in groups.values())
+    group, weights = groups[axis]
+    name, weight = next(iter(weights.items()))
+    last = group.get_local_rank() == group.size() - 1
     if last and (axis == "tp" or mesh["tp"].get_local_rank() == 0):
         weight.view(torch.int32).view(-1)[0] ^= 1 << (21 if axis == "tp" else 0)
     try:
@@ -99,9 +102,12 @@ def drift(kind, config, axis):
 
 
 @pytest.mark.parametrize(
-    ("kind", "axis"), [("fsdp", "tp"), ("autotp", "tp"), ("autotp", "dp")]
+    ("kind", "axis"),
+    [("fsdp", "tp"), ("fsdp", "dp_replicate"), ("autotp", "tp"), ("autotp", "dp")],
 )
 def test_copies_that_drift_apart_stop_the_run(kind, axis, config, pools):
+    if axis == "dp_replicate":
+        config = replace(config, dp_replicate_size=2)
     answers = pools(4, kind).run(drift, kind, config, axis)
     for name, answer in answers:
         assert answer.startswith(

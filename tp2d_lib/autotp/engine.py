@@ -175,11 +175,12 @@ class AutoTPEngine:
         named = self.model.named_parameters()
         return {name: getattr(p, "ds_tensor", p).detach() for name, p in named}
 
-    def replicas(self) -> tuple[dict, dict]:
-        """Weights of which each tp rank has a copy, and of which each dp rank has."""
+    def replicas(self) -> list[tuple[DeviceMesh, dict[str, torch.Tensor]]]:
+        """Groups of ranks, as 1D meshes, with the weights each of their ranks holds."""
         weights, named = self.local_weights(), self.model.named_parameters()
         over_tp = {name: weights[name] for name, p in named if not is_sharded(p)}
-        return over_tp, {} if self.config.zero_stage == 3 else weights
+        over_dp = {} if self.config.zero_stage == 3 else weights
+        return [(self.mesh["dp"], over_dp), (self.mesh["tp"], over_tp)]
 
     def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a micro-batch summed over its tokens, for a validation loss."""

@@ -53,6 +53,13 @@ def check_precision(config: TrainConfig) -> None:
     for name in ("autocast", "async_checkpoint"):
         if getattr(config, name):
             raise ConfigError(f"{name}=True must be left to FSDP2; try {name}=False")
+    if config.dp_replicate_size > 1:
+        # DeepSpeed 0.19.8 forms those groups of neighbouring world ranks, and no MiCS.
+        raise ConfigError(
+            f"dp_replicate_size={config.dp_replicate_size} must be left to FSDP2, "
+            "because DeepSpeed's zero_hpz_partition_size mistakes tp ranks for dp "
+            "ranks; try dp_replicate_size=1"
+        )
     if config.nonfinite == "skip" and config.zero_stage == 0:
         raise ConfigError(
             "nonfinite='skip' cannot be combined with zero_stage=0, which updates "

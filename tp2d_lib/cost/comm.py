@@ -6,9 +6,11 @@ from collections import defaultdict
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
 
+DP = ("dp", "dp_replicate", "dp_shard")  # all that counts as sent over dp
 # Bytes a rank sends in a ring, per byte of the full tensor, times (n - 1) / n.
 RING = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1}
 
@@ -18,13 +20,20 @@ class CommBytes(TorchDispatchMode):
 
     PyTorch's ``CommDebugMode`` counts too, but fails under DeepSpeed's hooks.
     ``rows`` maps (group name, collective) to [calls, bytes], where a group's name is
-    its mesh dimension, "dp" or "tp", and "world" for all ranks.
+    its mesh dimension, such as "dp" or "tp", and "world" for all ranks.
+
+    Args:
+        mesh: the (dp, tp) mesh.
+        model: with HSDP, the sharded model, whose mesh has the two dimensions of dp.
     """
 
-    def __init__(self, mesh):
+    def __init__(self, mesh, model: nn.Module | None = None):
         super().__init__()
+        weights = model.parameters() if model else ()
+        meshes = [mesh, *(w.device_mesh for w in weights if isinstance(w, DTensor))]
         groups = {"world": dist.group.WORLD}
-        groups |= {name: mesh.get_group(name) for name in mesh.mesh_dim_names}
+        for each in meshes:
+            groups |= {name: each.get_group(name) for name in each.mesh_dim_names}
         self.groups = {
             key: (name, group.size())
             for name, group in groups.items()
@@ -53,9 +62,9 @@ class CommBytes(TorchDispatchMode):
                 return self.groups[value]
         raise ValueError("the group of a collective must be in the mesh")
 
-    def sent(self, name: str) -> int:
-        """Bytes one rank sent in the groups of this name."""
-        return sum(row[1] for (group, _), row in self.rows.items() if group == name)
+    def sent(self, *names: str) -> int:
+        """Bytes one rank sent in the groups of these names."""
+        return sum(row[1] for (group, _), row in self.rows.items() if group in names)
 
 
 def keys(group) -> tuple[str, tuple[int, ...]]:

@@ -42,7 +42,8 @@ def predict(engine: str, config: TrainConfig) -> dict[str, int]:
 
     Returns:
         Bytes of ``parameters``, ``gradients``, ``optimizer`` and ``activations``; bytes
-        sent over ``tp`` and ``dp``; ``model``, the number of parameters in the model.
+        sent over ``tp`` and ``dp``, and the part of the latter that ``dp_replicate``
+        is; ``model``, the number of parameters in the model.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
         return process.submit(simulate, engine, config).result()
@@ -69,14 +70,22 @@ def report(
             f"  {'total':<12}{size(sum(held.values())):>10}",
             f"  activations of a micro-batch of {tokens:,} tokens; not counted: "
             "gathered weights, communication buffers, the allocator's reserve",
-            f"one rank sends {size(predicted['tp'])} over tp and "
-            f"{size(predicted['dp'])} over dp in each step",
+            traffic(config, predicted),
             f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
             f"{int(rows.lengths.sum()):,} tokens without padding",
             f"{steps:,} steps of {config.global_batch_size} rows, "
             f"{steps * config.global_batch_size / len(rows.rows):.2f} epochs",
             *held_out(config),
         ]
+    )
+
+
+def traffic(config: TrainConfig, predicted: dict[str, int]) -> str:
+    tp, dp, copies = (size(predicted[name]) for name in ("tp", "dp", "dp_replicate"))
+    between = f" ({copies} of it between the copies of the model)"
+    return (
+        f"one rank sends {tp} over tp and {dp} over dp"
+        f"{between * (config.dp_replicate_size > 1)} in each step"
     )
 
 
@@ -120,14 +129,15 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
         batch = [micro | {"labels": micro["input_ids"]}]
         batch *= config.gradient_accumulation_steps
-        sent = stack.enter_context(comm.CommBytes(grid))
+        sent = stack.enter_context(comm.CommBytes(grid, built.model))
         kept = stack.enter_context(memory.Activations(built.model))
         held = rank_bytes(built, batch)
     full = models.build_empty_model(config)
     return held | {
         "activations": kept.bytes,
         "tp": sent.sent("tp"),
-        "dp": sent.sent("dp"),
+        "dp": sent.sent(*comm.DP),
+        "dp_replicate": sent.sent("dp_replicate"),
         "model": sum(parameter.numel() for parameter in full.parameters()),
     }
 

@@ -26,38 +26,14 @@ from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader
+from tp2d_lib.fsdp.optimizer import build_optimizer, global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
-from tp2d_lib.mesh import build_mesh
+from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, weights
 from tp2d_lib.model.guards import check_replicated_gradients
 
 CPU = torch.device("cpu")
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":  # DTensor has no fused SGD
-        return torch.optim.SGD(model.parameters(), **options)
-    return torch.optim.AdamW(model.parameters(), fused=True, **options)
-
-
-def global_grad_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of the global gradient, a 0-d tensor equal on every rank.
-
-    Each rank sums the squares of its shards; one that n ranks hold counts 1 / n.
-    """
-    total = 0
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        copies = 1
-        for size, placement in zip(
-            gradient.device_mesh.shape, gradient.placements, strict=True
-        ):
-            copies *= size if placement.is_replicate() else 1
-        total += gradient.to_local().square().sum() / copies
-    dist.all_reduce(total)
-    return total.sqrt()
 
 
 def train_step(
@@ -136,7 +112,7 @@ def build_engine(
     gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
     check_attention(model, config)
-    model = parallelize(model, mesh, gathered)
+    model = parallelize(model, split_dp(mesh, config.dp_replicate_size), gathered)
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
@@ -171,7 +147,7 @@ class FSDPEngine:
         return {
             name: p
             for name, p in self.model.named_parameters()
-            if p.device_mesh.ndim == 2 and p.placements[1].is_replicate()
+            if "tp" in p.device_mesh.mesh_dim_names and p.placements[-1].is_replicate()
         }
 
     def local_weights(self) -> dict[str, torch.Tensor]:
@@ -179,10 +155,14 @@ class FSDPEngine:
         named = self.model.named_parameters()
         return {name: p.detach().to_local() for name, p in named}
 
-    def replicas(self) -> tuple[dict, dict]:
-        """Weights of which each tp rank has a copy, and of which each dp rank: none."""
-        replicated = self.replicated().items()
-        return {name: p.detach().to_local() for name, p in replicated}, {}
+    def replicas(self) -> list[tuple[DeviceMesh, dict[str, torch.Tensor]]]:
+        """Groups of ranks, as 1D meshes, with the weights each of their ranks holds."""
+        weights = self.local_weights()
+        over_tp = (self.mesh["tp"], {name: weights[name] for name in self.replicated()})
+        if self.config.dp_replicate_size == 1:
+            return [over_tp]
+        split = next(self.model.parameters()).device_mesh
+        return [(split["dp_replicate"], weights), over_tp]
 
     def summed_loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a micro-batch summed over its tokens, for a validation loss."""

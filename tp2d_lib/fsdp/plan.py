@@ -124,5 +124,6 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Mo
     """Parallelise a model in two dimensions: first over tp, then over dp."""
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"], tensor_parallel_plan(model))
-    apply_fsdp(model, mesh["dp"], dtype)
+    dp = mesh.mesh_dim_names[:-1]  # ("dp",); with HSDP ("dp_replicate", "dp_shard")
+    apply_fsdp(model, mesh[dp], dtype)
     return model

@@ -51,21 +51,14 @@ def check_weights(engine, step: int) -> None:
 def check_replicas(engine, step: int) -> None:
     """Ranks hold equal copies; every rank must call it.
 
-    Copies on dp ranks were gathered from one owner, so their bits are compared; copies
-    on tp ranks were each updated with a sum over dp, so their sums are, to rounding.
+    Copies on dp ranks were gathered from one owner, or updated with one all-reduced
+    gradient, so their bits are compared; copies on tp ranks were each updated with a
+    sum of their own over dp, so their sums are, to rounding.
 
     Raises:
         DriftError: names the parameter with the largest difference.
     """
-    over_tp, over_dp = engine.replicas()
-    bits = [bit_sum(weight) for weight in over_dp.values()]
-    sums = [weight.double().sum() for weight in over_tp.values()]
-    scales = [weight.double().abs().sum() for weight in over_tp.values()]
-    rounding = DRIFT * torch.stack(scales) if scales else 0
-    drifted = [
-        differing(engine.mesh, "dp", list(over_dp), bits, 0),
-        differing(engine.mesh, "tp", list(over_tp), sums, rounding),
-    ]
+    drifted = [differing(mesh, weights) for mesh, weights in engine.replicas()]
     found = torch.tensor(any(drifted), device=engine.device, dtype=torch.int32)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     if found:  # all ranks stop together
@@ -78,18 +71,26 @@ def check_replicas(engine, step: int) -> None:
         )
 
 
-def differing(mesh, axis: str, names: list[str], values: list, allowed) -> str | None:
-    """The parameter whose values differ most over an axis of the mesh, as a rule."""
-    if not names or mesh[axis].size() == 1:
+def differing(mesh, weights: dict[str, torch.Tensor]) -> str | None:
+    """The weight that differs most between the ranks of a 1D mesh, as a rule."""
+    if not weights or mesh.size() == 1:
         return None
+    (axis,), allowed = mesh.mesh_dim_names, 0
+    if axis == "tp":
+        values = [weight.double().sum() for weight in weights.values()]
+        scales = [weight.double().abs().sum() for weight in weights.values()]
+        allowed = DRIFT * torch.stack(scales)
+    else:
+        values = [bit_sum(weight) for weight in weights.values()]
     low = torch.stack(values)
     high = low.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN, group=mesh.get_group(axis))
-    dist.all_reduce(high, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=mesh.get_group())
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=mesh.get_group())
     apart = high - low - allowed
     if not (apart > 0).any():
         return None
-    return f"{names[int(apart.argmax())]!r} must be equal on all {axis} ranks"
+    name = list(weights)[int(apart.argmax())]
+    return f"{name!r} must be equal on all {axis} ranks"
 
 
 def bit_sum(weight: torch.Tensor) -> torch.Tensor:
