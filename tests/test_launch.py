@@ -1,6 +1,6 @@
 """Runs through Ray Train: resources checked, runs continued, errors passed on."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +77,15 @@ def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
     config = build_config("demo", str(tmp_path), max_failures=0)
     with pytest.raises(Failed, match="RuntimeError: the third layer melted\nno check"):
         launch.run(fails, config, fsdp.check)
+
+
+def test_ray_restarts_nothing_also_before_it_knew_preemptions(monkeypatch):
+    assert launch.never_retry().max_preemption_failures == 0
+
+    @dataclass
+    class OfRay257:
+        max_failures: int = 0
+        controller_failure_limit: int = -1
+
+    monkeypatch.setattr(ray.train, "FailureConfig", OfRay257)
+    assert launch.never_retry() == OfRay257(0, 0)

@@ -34,13 +34,16 @@ REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 own = False  # whether this process started the cluster
 
 
-def connect() -> None:
+def connect(pip: str | None = None) -> None:
     """Join the running Ray cluster, or start one on this machine.
 
     ``tp2d_lib`` is sent to every worker. Set ``RAY_ADDRESS=local`` to start a cluster
     of your own beside a running one. It lives no longer than this process, so it gets
     no dashboard, which would open ports and take seconds to start. Ray asks whoever
     connects to it for the token in ``~/.ray/auth_token``.
+
+    Args:
+        pip: a requirements file that Ray installs for the workers on every node.
     """
     global own
     quiet()
@@ -53,6 +56,7 @@ def connect() -> None:
         "runtime_env": {
             "py_modules": [tp2d_lib],
             "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+            **({"pip": pip} if pip else {}),
         },
         "logging_level": logging.ERROR,
         "log_to_driver": False,

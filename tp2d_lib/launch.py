@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -146,11 +146,16 @@ def build_trainer(
             name=config.run_name,
             storage_path=config.storage_path,
             callbacks=callbacks,
-            failure_config=ray.train.FailureConfig(  # see attempts
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
+            failure_config=never_retry(),
         ),
     )
+
+
+def never_retry() -> ray.train.FailureConfig:
+    """Ray restarts nothing, since ``attempts`` does; Ray 2.57 lacks the last field."""
+    limits = {"max_failures", "controller_failure_limit", "max_preemption_failures"}
+    known = {field.name for field in fields(ray.train.FailureConfig)}
+    return ray.train.FailureConfig(**dict.fromkeys(limits & known, 0))
 
 
 def finished(config: TrainConfig) -> ray.train.Result | None:

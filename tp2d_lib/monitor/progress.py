@@ -129,7 +129,8 @@ class WorkerProgress:
         """Whether Ray has been told that a worker's node ends; every rank must ask."""
         import ray.train  # here: slow, the actor does not need it
 
-        found = ray.train.get_preemption_info()
+        # Ray 2.57 cannot tell; there, a lost node is a failure like any other.
+        found = getattr(ray.train, "get_preemption_info", lambda: None)()
         if found and self.publishes:
             ranks = ", ".join(map(str, found.preempted_ranks))
             self.notify(f"preemption: ranks {ranks} will lose their node; saving")
