@@ -1,5 +1,6 @@
 """Runs through Ray Train: resources checked, runs continued, errors passed on."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,3 +90,13 @@ def test_ray_restarts_nothing_also_before_it_knew_preemptions(monkeypatch):
 
     monkeypatch.setattr(ray.train, "FailureConfig", OfRay257)
     assert launch.never_retry() == OfRay257(0, 0)
+
+
+def test_the_environment_can_be_merged_with_that_of_a_ray_job(monkeypatch):
+    options = {}
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: options.update(given))
+    launch.connect(pip="lock.txt")
+    assert options["runtime_env"]["pip"] == "lock.txt"
+    assert deepcopy(options["runtime_env"]) == options["runtime_env"]  # as Ray does

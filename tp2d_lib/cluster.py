@@ -54,7 +54,8 @@ def connect(pip: str | None = None) -> None:
         os.environ.setdefault(name, value)
     options = {
         "runtime_env": {
-            "py_modules": [tp2d_lib],
+            # Not the module: Ray copies this when a job has an environment of its own.
+            "py_modules": [str(Path(tp2d_lib.__file__).parent)],
             "env_vars": {name: os.environ[name] for name in WORKER_ENV},
             **({"pip": pip} if pip else {}),
         },

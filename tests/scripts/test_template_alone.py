@@ -4,6 +4,7 @@ Too slow for `make test`: `make template` runs them.
 """
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -73,13 +74,15 @@ def write_wheel(folder) -> str:
 
 
 @pytest.mark.faults
-def test_workers_get_the_packages_of_the_lock(tmp_path, monkeypatch):
+def test_workers_of_a_ray_job_get_the_packages_of_the_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(make_template.ROOT))
     digest = write_wheel(tmp_path)
     (tmp_path / "lock.txt").write_text(
         f"--no-index\n--find-links {tmp_path}\n"
         f"tp2d-tiny==1.0 \\\n    --hash=sha256:{digest}\n"
     )
+    job = {"runtime_env": {"working_dir": str(tmp_path), "env_vars": {"HF_TOKEN": "x"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     command = [sys.executable, "-c", ON_A_WORKER]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "worker has 1.0" in result.stdout, result.stderr
