@@ -22,6 +22,9 @@ LOCK = (ANYSCALE / "python_depset.lock").read_text()
 PINS = read_pins((ROOT / "requirements.txt").read_text())
 NAMES = ["tp2d_deepspeed_autotp", "tp2d_fsdp2_dtensor"]
 each = pytest.mark.parametrize("name", NAMES)
+each_config = pytest.mark.parametrize(
+    "path", sorted((ANYSCALE / "configs").iterdir()), ids=lambda path: path.name
+)
 each_job = pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 
 
@@ -74,7 +77,7 @@ def test_a_lock_is_recompiled_for_the_image_that_runs_it(template):
         ]
 
 
-@pytest.mark.parametrize("path", sorted((ANYSCALE / "configs").iterdir()), ids=str)
+@each_config
 def test_the_head_only_coordinates_and_every_gpu_has_bfloat16(path):
     config = yaml.safe_load(path.read_text())
     assert config.keys() == {"head_node", "worker_nodes"}
@@ -177,7 +180,7 @@ def test_the_sdk_accepts_the_job(engine):
     assert job.name == f"tp2d-qwen2-7b-{engine}"
 
 
-@pytest.mark.parametrize("path", sorted((ANYSCALE / "configs").iterdir()), ids=str)
+@each_config
 def test_the_sdk_accepts_the_nodes(path):
     from anyscale.compute_config.models import ComputeConfig
 
