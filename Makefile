@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint check test test-faults bench sync figures bump clean
+.PHONY: demo lint check test test-faults bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, write what they proved
 	$(BIN)/python scripts/run_notebooks.py --write_readme
@@ -31,6 +31,10 @@ sync: .venv/installed  ## write library source into the notebooks' mirrored cell
 
 figures: .venv/installed  ## draw images/
 	$(BIN)/python scripts/make_figures.py
+
+template: .venv/installed  ## write build/template/ for Anyscale's gallery, and try it
+	$(BIN)/python scripts/make_template.py
+	$(BIN)/python -m pytest -m "" -k template tests/scripts
 
 bump: .venv/installed  ## try the newest releases of the pins, print what breaks
 	$(BIN)/python scripts/bump.py

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import write_model
-from tp2d_lib import fsdp
+from tp2d_lib import fsdp, placement
+from tp2d_lib.autotp import preflight as autotp
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.validation import NAMES, NOT_NEGATIVE, PATHS, POSITIVE
 
@@ -376,3 +377,24 @@ def test_a_model_without_safetensors(check, demo_paths, tmp_path):
     for file in (tmp_path / "m").glob("*.safetensors"):
         file.unlink()
     refuse_field(check, "model_name", str(tmp_path / "m"), "must hold safetensors")
+
+
+def test_min_dp_size(make):
+    """Fewer dp ranks read the same samples in more micro-batches."""
+    config = make(dp_size=4, min_dp_size=1, gradient_accumulation_steps=3, tp_size=2)
+    widths = placement.widths(config)
+    found = [(w.dp_size, w.gradient_accumulation_steps, w.num_workers) for w in widths]
+    assert found == [(4, 3, 8), (3, 4, 6), (2, 6, 4), (1, 12, 2)]
+    assert {width.global_batch_size for width in widths} == {config.global_batch_size}
+    for settings, error in (
+        ({"dp_size": 2, "min_dp_size": 3}, "min_dp_size=3 must be at most dp_size=2"),
+        (
+            {"dp_size": 2, "min_dp_size": 1, "dp_replicate_size": 2},
+            "copies a lost node",
+        ),
+        ({"min_dp_size": 0}, "min_dp_size=0 must be positive"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            make(**settings)
+    with pytest.raises(ConfigError, match="min_dp_size=1 must be combined with optim"):
+        autotp.check_precision(make(dp_size=2, min_dp_size=1, zero_stage=0))

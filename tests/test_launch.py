@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,25 @@ def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
     config = build_config("demo", str(tmp_path), max_failures=0)
     with pytest.raises(Failed, match="RuntimeError: the third layer melted\nno check"):
         launch.run(fails, config, fsdp.check)
+
+
+def test_ray_restarts_nothing_also_before_it_knew_preemptions(monkeypatch):
+    assert launch.never_retry().max_preemption_failures == 0
+
+    @dataclass
+    class OfRay257:
+        max_failures: int = 0
+        controller_failure_limit: int = -1
+
+    monkeypatch.setattr(ray.train, "FailureConfig", OfRay257)
+    assert launch.never_retry() == OfRay257(0, 0)
+
+
+def test_the_environment_can_be_merged_with_that_of_a_ray_job(monkeypatch):
+    options = {}
+    for name, value in launch.environment.WORKER_ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "init", lambda **given: options.update(given))
+    launch.cluster.init("lock.txt", "local")
+    assert options["runtime_env"]["pip"] == "lock.txt"
+    assert deepcopy(options["runtime_env"]) == options["runtime_env"]  # as Ray does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -18,6 +19,7 @@ from tp2d_lib.monitor.watchdog import Hang
 from tp2d_lib.validation import UserError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's own list, which may be damaged
+ROOM_S = 5.0  # between looks for room
 FAILED = (
     ray.train.TrainingFailedError,
     ray.exceptions.RayError,
@@ -36,7 +38,7 @@ class Stopped(UserError, RuntimeError):
 
 
 def fit(
-    build_trainer: Callable[[], TorchTrainer],
+    build_trainer: Callable[[], tuple[TorchTrainer, Callable[[], bool] | None]],
     config: TrainConfig,
     watcher: Watcher,
     caught: list[str],
@@ -45,10 +47,12 @@ def fit(
 
     An attempt is repeated, up to ``max_failures`` times, if it may end differently: a
     process died or hung, or steps were gained before an exception. Ray itself would
-    repeat all. One that ended because a node is taken away is no failure: it has saved,
-    and the next one waits for another node.
+    repeat all. One that ended because a node is taken away, or because there is room
+    for all dp ranks again, is no failure: it has saved.
 
     Args:
+        build_trainer: for the next attempt; what it returns besides a trainer is asked
+            whether there is room for more dp ranks.
         caught: the name of a signal, once one has been received; then nothing restarts.
 
     Raises:
@@ -58,16 +62,22 @@ def fit(
     while True:
         manifest.remove_leftovers(config)
         storage.remove(config, SNAPSHOT)
-        attempt = outcome(build_trainer())
+        trainer, has_room = build_trainer()
+        attempt = outcome(trainer)
+        while has_room and not attempt.done():
+            time.sleep(ROOM_S)
+            if has_room():
+                watcher.widen()
+                break
         error = attempt.exception()
-        preempted = watcher.was_preempted() and not caught
+        preempted = "" if caught else watcher.was_preempted()
         if not isinstance(error, FAILED) and not preempted:
             return attempt.result()
         error = watcher.why_ended() or error
         reached = watcher.furthest_step()
         without_gain = 0 if reached > furthest else without_gain + 1
         furthest = max(furthest, reached)
-        reason = failures.first(error) if error else "preemption"
+        reason = failures.first(error) if error else preempted
         if not preempted:
             restarts += 1
             allowed = 0 if failures.raised(error) else 1

@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from tp2d_lib.monitor import signals
 own = False  # whether this process started the cluster
 
 
-def connect() -> None:
+def connect(pip: str | None = None) -> None:
     """Join the Ray cluster that is named, or start one on this machine; say which.
 
     One is named by ``RAY_ADDRESS``, or by this user's ``ray start`` on this machine; a
@@ -37,6 +39,9 @@ def connect() -> None:
     gets no dashboard, which would open ports and take seconds to start. Ray asks
     whoever connects to it for the token in ``~/.ray/auth_token``. ``tp2d_lib`` is sent
     to every worker.
+
+    Args:
+        pip: a requirements file that Ray installs for the workers on every node.
 
     Raises:
         ConfigError: the cluster does not answer, or it is joined already, without
@@ -49,11 +54,16 @@ def connect() -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return check_package()
-    named = os.environ.get("RAY_ADDRESS")
+    named, join_or_start = os.environ.get("RAY_ADDRESS"), partial(init, pip)
     with signals.handlers_kept():
-        own = named == "local" or not (join(named) if named else was_started_here())
-        if own:
-            start()
+        if named and named != "local":
+            join(named, join_or_start)
+            own = False
+        elif own := bool(named) or not was_started_here():
+            join_or_start("local")
+            hide_token()
+        else:
+            join_or_start(None)  # Ray reads the record of `ray start`, too
     address = ray.get_runtime_context().gcs_address
     print(
         f"started a Ray cluster on this machine, at {address}, for this process"
@@ -62,20 +72,22 @@ def connect() -> None:
     )
 
 
-def init(address: str | None) -> None:
+def init(pip: str | None, address: str | None) -> None:
     ray.init(
         address=address,
         include_dashboard=False,
         runtime_env={
-            "py_modules": [tp2d_lib],
+            # Not the module: Ray copies this when a job has an environment of its own.
+            "py_modules": [str(Path(tp2d_lib.__file__).parent)],
             "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+            **({"pip": pip} if pip else {}),
         },
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
 
 
-def join(address: str) -> bool:
+def join(address: str, init: Callable[[str], None]) -> None:
     try:
         if address != "auto":
             answers(address)
@@ -85,11 +97,10 @@ def join(address: str) -> bool:
             f"RAY_ADDRESS={address!r} must be the address of a running Ray cluster "
             f"({first_line(error)}); try RAY_ADDRESS=local for one of this process"
         ) from error
-    return True
 
 
 def was_started_here() -> bool:
-    """Join the cluster of this user's ``ray start`` on this machine, if it runs."""
+    """Whether a cluster of this user's ``ray start`` on this machine answers."""
     record = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     if not record.exists() or record.stat().st_uid != os.getuid():
         return False
@@ -97,7 +108,6 @@ def was_started_here() -> bool:
         answers(record.read_text().strip())
     except (OSError, ValueError):
         return False  # it ended without `ray stop`
-    init(None)  # Ray reads the record, too
     return True
 
 
@@ -111,9 +121,9 @@ def answers(address: str) -> None:
     socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def start() -> None:
-    init("local")
-    with suppress(OSError):  # Ray lets everybody on this machine read it
+def hide_token() -> None:
+    """Ray lets everybody on this machine read it."""
+    with suppress(OSError):
         Path.home().joinpath(".ray", "auth_token").chmod(0o600)
 
 

@@ -77,6 +77,11 @@ class TrainConfig:
     num_workers: int | None = setting(
         None, "number of ranks; if omitted, tp_size * dp_size"
     )
+    min_dp_size: int | None = setting(
+        None,
+        "after a loss of nodes, go on with fewer dp ranks, but at least so many, and "
+        "the same global batch, until there is room again; if omitted, wait instead",
+    )
     tp_across_nodes: str = setting(
         "refuse",
         "TP groups that span nodes, where every layer waits for the network",

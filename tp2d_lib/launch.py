@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -90,7 +90,6 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     connect()
     placement.check_nodes(config)
     storage.append(config, "config.yaml", as_yaml(config))
-    prepare_start(config)
     callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
     status = "FAILED"
     try:
@@ -100,7 +99,7 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
         ):
             held.on_loss(watcher.end_attempt)
             trainer = partial(
-                build_trainer, train_func, config, callbacks, held.holder, watcher.show
+                build_trainer, train_func, config, callbacks, held.holder, watcher
             )
             result = attempts.fit(trainer, config, watcher, caught)
         early = caught and result.metrics["step"] < watcher.total
@@ -132,20 +131,28 @@ def saved(config: TrainConfig) -> str:
 
 
 def build_trainer(
-    train_func, config: TrainConfig, callbacks, holder, show
-) -> TorchTrainer:
+    train_func, wanted: TrainConfig, callbacks, holder, watcher: progress.Watcher
+) -> tuple[TorchTrainer, Callable[[], bool] | None]:
+    """The trainer of an attempt, and, if it is narrower than wanted, what to ask
+    whether there is room for the whole again.
+    """
     cluster.free_workers()
     try:
-        nodes = placement.find(config, show)
+        config, nodes = placement.place(wanted, watcher.show)
     except ConfigError as error:
         raise Failed(str(error)) from error
+    prepare_start(config)
+    watcher.config, has_room = config, None
+    if config.dp_size < wanted.dp_size:
+        watcher.show(f"dp_size {wanted.dp_size} -> {config.dp_size} for now", done=True)
+        has_room = partial(placement.has_room, wanted, config)
     use_gpu = config.device == "cuda"
     variables, secrets = environment.to_send()
     if config.deterministic:
         variables |= determinism.environment()
     remote = store.is_remote(config.storage_path)
     files, path = store.path(config.storage_path).place if remote else (None, "")
-    return TorchTrainer(
+    trainer = TorchTrainer(
         lambda: failures.on_rank(train_func, config, holder, secrets),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -160,11 +167,17 @@ def build_trainer(
             storage_filesystem=files,
             callbacks=callbacks,
             worker_runtime_env={"env_vars": variables},
-            failure_config=ray.train.FailureConfig(  # see attempts
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
+            failure_config=never_retry(),
         ),
     )
+    return trainer, has_room
+
+
+def never_retry() -> ray.train.FailureConfig:
+    """Ray restarts nothing, since ``attempts`` does; Ray 2.57 lacks the last field."""
+    limits = {"max_failures", "controller_failure_limit", "max_preemption_failures"}
+    known = {field.name for field in fields(ray.train.FailureConfig)}
+    return ray.train.FailureConfig(**dict.fromkeys(limits & known, 0))
 
 
 def finished(config: TrainConfig) -> ray.train.Result | None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 import ray
 import ray._private.state  # no public API tells what a cluster may grow to
@@ -21,6 +23,7 @@ from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import build_empty_model
 
 REPLACE_S = 600.0  # a cloud needs minutes to replace a node
+PATIENCE_S = 10.0  # until what a lost attempt held is free
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 SMALL = 1_000_000_000  # parameters that device="auto" trains on CPUs
 
@@ -42,7 +45,7 @@ def pick_device(config: TrainConfig) -> str:
         check_small(config)
         print("the cluster has no GPU: training on CPUs")
         return "cpu"
-    if found < config.num_workers:
+    if found < widths(config)[-1].num_workers:
         fits = f"tp_size and dp_size whose product is at most {found}, or "
         raise ConfigError(
             f"num_workers={config.num_workers} must not exceed the cluster's {found} "
@@ -154,6 +157,51 @@ def find(
     found = sorted(where[index] for index in range(len(wanted)))
     each = config.num_workers // len(wanted)
     return [{NODE: node} for node in found for _ in range(each)]
+
+
+def place(
+    config: TrainConfig, show: Callable[..., None]
+) -> tuple[TrainConfig, list[dict[str, str]] | None]:
+    """The widest configuration that there is room for now, and where its ranks go.
+
+    Raises:
+        ConfigError: there is no room even for the narrowest, after a while.
+    """
+    *wider, narrowest = widths(config)
+    for width in wider:
+        with suppress(ConfigError):
+            return width, find(width, lambda text: None, seconds=PATIENCE_S)
+    return narrowest, find(narrowest, show)
+
+
+def widths(config: TrainConfig) -> list[TrainConfig]:
+    """The configuration, then narrower ones with the same global batch.
+
+    Down to ``min_dp_size``: fewer dp ranks read the same samples in more micro-batches.
+    """
+    batches = config.dp_size * config.gradient_accumulation_steps
+    fewest = config.min_dp_size or config.dp_size
+    return [
+        replace(
+            config,
+            dp_size=dp_size,
+            min_dp_size=None,
+            num_workers=dp_size * config.tp_size,
+            gradient_accumulation_steps=batches // dp_size,
+        )
+        for dp_size in range(config.dp_size, fewest - 1, -1)
+        if batches % dp_size == 0
+    ]
+
+
+def has_room(config: TrainConfig, width: TrainConfig) -> bool:
+    """Whether, beside a run of this width, there is now room for all its dp ranks."""
+    missing = (config.num_workers - width.num_workers) // config.tp_size
+    group = placement_group(of_size(config, config.tp_size)[:missing], strategy="PACK")
+    try:
+        return group.wait(1)
+    finally:
+        remove_placement_group(group)
 
 
 def describe(bundle: dict[str, float]) -> str:

@@ -29,6 +29,7 @@ POSITIVE = {  # field -> a value that works
     "dp_size": 1,
     "dp_replicate_size": 1,
     "num_workers": 1,
+    "min_dp_size": 1,
     "batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "num_epochs": 1,
@@ -154,6 +155,17 @@ def check_combinations(config: Any) -> None:
             f"dp_replicate_size={config.dp_replicate_size} must divide "
             f"dp_size={config.dp_size}; "
             f"try {math.gcd(config.dp_size, config.dp_replicate_size)}"
+        )
+    fewest = config.min_dp_size or config.dp_size
+    if fewest > config.dp_size:
+        raise ConfigError(
+            f"min_dp_size={fewest} must be at most dp_size={config.dp_size}; try 1"
+        )
+    if fewest < config.dp_size and config.dp_replicate_size > 1:
+        raise ConfigError(
+            f"min_dp_size={fewest} cannot be combined with "
+            f"dp_replicate_size={config.dp_replicate_size}, whose copies a lost node "
+            "would tear apart; try min_dp_size=None"
         )
     if "://" in config.storage_path and config.cache_dir is None:
         raise ConfigError(

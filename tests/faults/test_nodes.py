@@ -16,8 +16,8 @@ import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
-from tests.support.demo import uninterrupted
-from tp2d_lib import cluster, fsdp, launch, loop, placement
+from tests.support.demo import train_without_ray, uninterrupted
+from tp2d_lib import checkpoint, cluster, fsdp, launch, loop, placement
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
@@ -142,3 +142,68 @@ def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
         wait_until(lambda: len(said) == 2)
         nodes.add_node(num_cpus=2, num_gpus=2)
         assert len(waiting.result(timeout=60)) == 2
+
+
+def walks(config):
+    """Training that takes its time, and tells the node and width of each attempt."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    compute = engine.step
+
+    def step(batch):
+        if loader.step >= 14:
+            if dist.get_rank() == 0:
+                marker = Path(config.storage_path, f"width-{config.dp_size}")
+                marker.write_text(ray.get_runtime_context().get_node_id())
+            time.sleep(0.5)
+        return compute(batch)
+
+    engine.step = step
+    loop.run(engine, loader, config)
+
+
+def test_fewer_dp_ranks_go_on_until_there_is_room_again(
+    nodes, storage, pools, capsys, survived
+):
+    """A node of two is killed; another one is busy at first, and then free."""
+    settings = {**SETTINGS, "checkpoint_every": 5, "batch_size_per_gpu": 2}
+    alone = build_config(
+        "demo", str(storage), tp_size=2, gradient_accumulation_steps=2, **settings
+    )
+    alone = launch.prepare(fsdp.check(replace(alone, device="cpu")))
+    rank = pools(2).run(train_without_ray, "fsdp", alone, str(storage / "alone"))[0]
+    nodes.add_node(num_cpus=2)
+    nodes.wait_for_nodes()
+    launch.connect()
+    busy = ray.util.placement_group([{"CPU": 2}])
+    assert busy.wait(30)
+
+    def kill_then_free():
+        wait_until((storage / "width-2").exists)
+        wait_until((storage / "width-2").read_text)
+        node_id = (storage / "width-2").read_text()
+        lost = next(node for node in nodes.worker_nodes if node.node_id == node_id)
+        nodes.remove_node(lost, allow_graceful=False)
+        wait_until((storage / "width-1").exists)
+        ray.util.remove_placement_group(busy)
+
+    loser = threading.Thread(target=kill_then_free, daemon=True)
+    loser.start()
+    config = build_config(
+        "demo", str(storage), tp_size=2, dp_size=2, min_dp_size=1, **settings
+    )
+    result = launch.run(
+        walks, replace(config, device="cpu", run_name="elastic"), fsdp.check
+    )
+    loser.join()
+    out = capsys.readouterr().out
+    assert re.search(
+        r"restart 1 of 3: rank .*\ndp_size 2 -> 1 for now\n.*resumed after step \d+\n.*"
+        r"restart: there is room for more dp ranks\n.*resumed after step \d+\n",
+        out,
+        re.DOTALL,
+    )
+    losses = [record["loss"] for record in checkpoint.history(result)]
+    assert losses == pytest.approx([loss for loss, _ in rank], rel=1e-5)
+    assert survived("losses of a node with min_dp_size", len(losses) == STEPS)

@@ -65,6 +65,13 @@ def check_precision(config: TrainConfig) -> None:
             "nonfinite='skip' cannot be combined with zero_stage=0, which updates "
             "before it looks; try zero_stage=1"
         )
+    convertible = config.optimizer == "adamw" and config.zero_stage > 0
+    if config.min_dp_size and not convertible:
+        raise ConfigError(
+            f"min_dp_size={config.min_dp_size} must be combined with optimizer='adamw' "
+            "and zero_stage 1 to 3, which DeepSpeed can convert for fewer ranks; try "
+            "min_dp_size=None"
+        )
     where = device_type(config)
     dtype, _ = pick_dtype(config, where)
     half = dtype in (torch.bfloat16, torch.float16)

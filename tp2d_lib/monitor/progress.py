@@ -25,7 +25,8 @@ class ProgressActor:
         self.stop_after: int | None = None
         self.beats: dict[int, dict] = {}  # rank -> its last sign of life
         self.gone: set[tuple] = set()  # processes of earlier attempts
-        self.dumping = self.preempted = False
+        self.dumping = False
+        self.preempted = ""  # why the workers shall save and begin again, if so
 
     def add(self, record: dict) -> None:
         self.records.append(record)
@@ -44,7 +45,9 @@ class ProgressActor:
     def begin_attempt(self) -> None:
         """The workers begin again, at an earlier step than the last one begun."""
         self.last_begun, self.begun = 0, {}
-        self.dumping = self.preempted = False
+        if self.preempted:  # else it was the user who stops the run
+            self.stop_after = None
+        self.dumping, self.preempted = False, ""
         self.gone |= {(beat["host"], beat["pid"]) for beat in self.beats.values()}
         self.beats = {}
 
@@ -75,12 +78,17 @@ class ProgressActor:
         self.begun.pop(step - 2, None)  # no rank is so far behind
         return self.stop_after is not None and step >= self.stop_after, now
 
-    def preempt(self) -> None:
-        """The workers save and return, because one of their nodes is taken away."""
-        self.preempted = True
+    def preempt(self, why: str) -> None:
+        """The workers save and return, because others shall take their place."""
+        self.preempted = why
 
-    def is_preempted(self) -> bool:
-        return self.preempted and self.furthest < self.total
+    def widen(self) -> None:
+        """The same, after the first step that no rank has begun yet."""
+        self.stop()
+        self.preempt("there is room for more dp ranks")
+
+    def why_preempted(self) -> str:
+        return self.preempted if self.furthest < self.total else ""
 
 
 class WorkerProgress:
@@ -132,11 +140,12 @@ class WorkerProgress:
         """Whether Ray has been told that a worker's node ends; every rank must ask."""
         import ray.train  # here: slow, the actor does not need it
 
-        found = ray.train.get_preemption_info()
+        # Ray 2.57 cannot tell; there, a lost node is a failure like any other.
+        found = getattr(ray.train, "get_preemption_info", lambda: None)()
         if found and self.publishes:
             ranks = ", ".join(map(str, found.preempted_ranks))
             self.notify(f"preemption: ranks {ranks} will lose their node; saving")
-            ray.get(self.actor.preempt.remote())
+            ray.get(self.actor.preempt.remote("preemption"))
         return found is not None
 
 
@@ -237,9 +246,12 @@ class Watcher:
         """The furthest step that any attempt of this run has begun."""
         return ray.get(self.actor.furthest_step.remote())
 
-    def was_preempted(self) -> bool:
-        """Whether this attempt ended early because a node is about to be taken away."""
-        return ray.get(self.actor.is_preempted.remote())
+    def was_preempted(self) -> str:
+        """Why this attempt saved and ended early, if it was to make place; else ""."""
+        return ray.get(self.actor.why_preempted.remote())
+
+    def widen(self) -> None:
+        ray.get(self.actor.widen.remote())
 
     def watch(self) -> None:
         while not self.done.wait(0.5):
