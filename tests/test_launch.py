@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch.distributed as dist
 
-from tp2d_lib import autotp, checkpoint, fsdp, launch
+from tp2d_lib import autotp, checkpoint, fsdp, launch, loop
 from tp2d_lib.attempts import Failed
 from tp2d_lib.config import ConfigError
+from tp2d_lib.data import build_dataloader
+from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism
+from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
 
 
@@ -92,8 +96,35 @@ def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
         launch.run(fails, config, fsdp.check)
 
 
+def kills_the_progress_actor(config):
+    """Training in which that process dies at the third step."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    compute = engine.step
+
+    def step(batch):
+        if loader.step == 3 and dist.get_rank() == 0:
+            actor = ray.get_actor(watchdog.actor_name(config.run_name))
+            ray.kill(actor, no_restart=False)
+        return compute(batch)
+
+    engine.step = step
+    loop.run(engine, loader, config)
+
+
+@pytest.mark.faults
+def test_a_lost_progress_actor_fails_no_run(cluster, tmp_path, capsys):
+    cluster()
+    settings = {"max_steps": 6, "log_interval": 1, "max_failures": 0}
+    config = build_config("demo", str(tmp_path), tp_size=2, **settings)
+    result = launch.run(kills_the_progress_actor, config, fsdp.check)
+    assert len(checkpoint.history(result)) == 6
+    assert "step 6/" in capsys.readouterr().out
+
+
 def test_ray_restarts_nothing_also_before_it_knew_preemptions(monkeypatch):
-    assert launch.never_retry().max_preemption_failures == 0
+    assert getattr(launch.never_retry(), "max_preemption_failures", 0) == 0
 
     @dataclass
     class OfRay257:

@@ -135,7 +135,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again(
     ranks, folder = pools(2), f"{RUNS}/failing"
     ranks.run(set_environment, server.environment)
     config = make_config(demo_paths, tmp_path, 2, 1)
-    with server.failing("503 Slow Down", seconds=8):
+    with server.failing("503 Slow Down", seconds=3):
         ranks.run(save_beside_a_failing_store, config, folder)
     assert server.refused > 0
     assert (
