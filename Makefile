@@ -21,7 +21,7 @@ test: lint  ## lint, then every test; offline
 
 test-faults: lint  ## every damage, kill, hang and bad input, the GPUs' checks on a CPU
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
-		tests/scripts/test_gpu_check.py
+		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py
 
 bench: .venv/installed  ## speed and memory, side by side, as ratios
 	$(BIN)/python scripts/bench.py

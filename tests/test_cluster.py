@@ -86,12 +86,22 @@ def read(path: Path) -> str:
     return path.read_bytes().decode(errors="replace")
 
 
-def test_a_tp_group_over_two_nodes_is_refused_or_noted(nodes, tmp_path, capsys):
-    """In the driver if no placement can help, else by the ranks as they run."""
+def test_a_tp_group_over_two_nodes_is_refused(nodes, tmp_path):
+    """In the driver if no placement can help; else by the ranks as they run, below."""
     settings = {"tp_size": 4, "dp_size": 1, "run_name": "apart", **STEPS}
     config = build_config("demo", str(tmp_path), device="cpu", **settings)
     with pytest.raises(ConfigError, match=r"tp_size=4 must fit into single nodes 1 ti"):
         launch.run(fsdp.train_func, config, fsdp.check)
+    uneven = replace(config, tp_size=2, dp_size=2, num_workers=4)
+    placement.check_nodes(uneven)
+    with pytest.raises(ConfigError, match="into single nodes 3 times, but they hold"):
+        placement.check_nodes(replace(uneven, dp_size=3, num_workers=6))
+
+
+@pytest.mark.faults
+def test_a_tp_group_over_two_nodes_is_noted(nodes, tmp_path, capsys):
+    settings = {"tp_size": 4, "dp_size": 1, "run_name": "noted", **STEPS}
+    config = build_config("demo", str(tmp_path), device="cpu", **settings)
     noted = replace(config, tp_across_nodes="warn")
     launch.run(fsdp.train_func, noted, fsdp.check)
     said = r"ranks 0, 1, 2, 3 are a TP group on 2 nodes, .*: every layer waits for the"

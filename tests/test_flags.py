@@ -40,9 +40,7 @@ SEEN_BY = {
     "dp_replicate_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "num_workers": "test_config:test_mesh_not_as_large_as_workers",
     "min_dp_size": "test_config:test_min_dp_size",
-    "tp_across_nodes": (
-        "test_cluster:test_a_tp_group_over_two_nodes_is_refused_or_noted"
-    ),
+    "tp_across_nodes": ("test_cluster:test_a_tp_group_over_two_nodes_is_refused"),
     "batch_size_per_gpu": "data/test_loader:test_batches_have_the_shape_asked_for",
     "gradient_accumulation_steps": "fsdp/test_parity:test_mesh_equals_one_process",
     "num_epochs": "data/test_loader:test_number_of_steps",

@@ -12,7 +12,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from tp2d_lib.checkpoint import lease, manifest, storage
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import TrainConfig
 from tp2d_lib.monitor import failures
 from tp2d_lib.monitor.progress import Watcher
 from tp2d_lib.monitor.watchdog import Hang
@@ -25,7 +25,6 @@ FAILED = (
     ray.exceptions.RayError,
     Hang,
     lease.LeaseLost,
-    ConfigError,
 )
 
 

@@ -29,9 +29,18 @@ from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import determinism
 from tp2d_lib.monitor import failures, progress, reporting, signals
-from tp2d_lib.placement import pick_device
+from tp2d_lib.placement import gpus, pick_device
 
-__all__ = ["as_yaml", "connect", "pick_device", "prepare", "quiet", "run", "train"]
+__all__ = [
+    "as_yaml",
+    "connect",
+    "gpus",
+    "pick_device",
+    "prepare",
+    "quiet",
+    "run",
+    "train",
+]
 
 
 def as_yaml(config: TrainConfig) -> str:

@@ -40,7 +40,7 @@ def pick_device(config: TrainConfig) -> str:
     if config.device == "cpu":
         return "cpu"
     cluster.connect()
-    found = max(cluster.gpus(), gpus_later())
+    found = gpus()
     if config.device == "auto" and found == 0:
         check_small(config)
         print("the cluster has no GPU: training on CPUs")
@@ -52,6 +52,11 @@ def pick_device(config: TrainConfig) -> str:
             f"GPUs; try {fits * (found > 0)}device='cpu'"
         )
     return "cuda"
+
+
+def gpus() -> int:
+    """How many GPUs the cluster has, or may add."""
+    return max(cluster.gpus(), gpus_later())
 
 
 def gpus_later() -> int:
@@ -114,7 +119,7 @@ def check_nodes(config: TrainConfig) -> None:
     Raises:
         ConfigError: a TP group would span nodes.
     """
-    wanted = bundles(config)
+    wanted = bundles(widths(config)[-1])
     if not fits(wanted) and not gpus_later():
         raise ConfigError(
             f"tp_size={config.tp_size} must fit into single nodes {len(wanted)} times, "

@@ -240,7 +240,8 @@ class Watcher:
                     f"tp_size={config.tp_size} must fit into one node, but {found}; "
                     "try a smaller tp_size, or tp_across_nodes='warn'"
                 )
-            self.show(f"{found}: every layer waits for the network", done=True)
+            else:
+                self.show(f"{found}: every layer waits for the network", done=True)
 
     def furthest_step(self) -> int:
         """The furthest step that any attempt of this run has begun."""
