@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import pytest
 import ray
 import torch.distributed as dist
+from ray._private.grpc_utils import init_grpc_channel  # with the cluster's token
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import (
     ClusterConfig,
@@ -171,7 +171,7 @@ def test_auto_waits_for_gpus_that_the_cluster_may_add(nodes, tmp_path, capsys):
 
 def report(address: str, **limits) -> None:
     """What an autoscaler tells Ray: how far the cluster may grow."""
-    stub = AutoscalerStateServiceStub(grpc.insecure_channel(address))
+    stub = AutoscalerStateServiceStub(init_grpc_channel(address))
     config = ClusterConfig(**limits)
     stub.ReportClusterConfig(ReportClusterConfigRequest(cluster_config=config))
 
