@@ -10,11 +10,10 @@ import pytest
 import ray
 import torch.distributed as dist
 
-from tp2d_lib import autotp, checkpoint, fsdp, launch, loop
+from tests.support.demo import train_with
+from tp2d_lib import autotp, checkpoint, fsdp, launch
 from tp2d_lib.attempts import Failed
 from tp2d_lib.config import ConfigError
-from tp2d_lib.data import build_dataloader
-from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism
 from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
@@ -98,19 +97,17 @@ def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
 
 def kills_the_progress_actor(config):
     """Training in which that process dies at the third step."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    compute = engine.step
 
-    def step(batch):
-        if loader.step == 3 and dist.get_rank() == 0:
-            actor = ray.get_actor(watchdog.actor_name(config.run_name))
-            ray.kill(actor, no_restart=False)
-        return compute(batch)
+    def change(compute, loader):
+        def step(batch):
+            if loader.step == 3 and dist.get_rank() == 0:
+                actor = ray.get_actor(watchdog.actor_name(config.run_name))
+                ray.kill(actor, no_restart=False)
+            return compute(batch)
 
-    engine.step = step
-    loop.run(engine, loader, config)
+        return step
+
+    train_with(config, change)
 
 
 @pytest.mark.faults

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from tests.support import commands, s3
+from tests.support import commands, gs, s3
 from tests.support.demo import make_config, train_without_ray
-from tp2d_lib import checkpoint, cli, fsdp, launch, store
+from tp2d_lib import autotp, checkpoint, cli, data, fsdp, launch, store
 from tp2d_lib.checkpoint import CheckpointError, manifest, saving, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.mesh import build_mesh
@@ -27,6 +28,23 @@ def server():
             patch.setenv(name, value)
         yield started
         store.connect.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def google():
+    with gs.running() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+        store.connect.cache_clear()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def runs(request):
+    """A folder for runs in a store, and what a client of it has in its environment."""
+    if request.param == "s3":
+        return RUNS, request.getfixturevalue("server").environment
+    return RUNS.replace("s3:", "gs:"), request.getfixturevalue("google")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +102,46 @@ def test_killed_then_resumed_on_another_mesh_and_exported(
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+def save_twice(config):
+    """Two checkpoints of AutoTP in the store, without Ray."""
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = autotp.build_engine(config, mesh)
+    for step in (1, 2):
+        state = {"step": step, "position": step, "history": []}
+        saving.save(engine, state, config)()
+    dist.barrier()
+
+
+def restore(config):
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    said = []
+    state = saving.restore(autotp.build_engine(config, mesh), config, said.append)
+    return state["step"], said
+
+
+def test_a_damaged_shard_is_found_by_the_driver_that_fetches_it(
+    server, demo_paths, tmp_path, pools
+):
+    """Its size is right, so that only a digest tells; then the one before is loaded."""
+    ranks = pools(2, "damaged")
+    ranks.run(set_environment, server.environment)
+    config = make_config(demo_paths, tmp_path, 2, 1, run_name="damaged", device="cpu")
+    config = replace(config, storage_path=RUNS, cache_dir=str(tmp_path))
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    ranks.run(save_twice, config)
+    newest = manifest.checkpoints(config)[0]
+    shard = next(name for name in store.files(newest) if name.endswith("states.pt"))
+    content = bytearray((newest / shard).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / shard).write_bytes(bytes(content))
+    autotp.prepare_start(config)
+    for step, said in ranks.run(restore, config):
+        assert step == 1
+        assert said == [
+            f"skipped checkpoint-000002: {newest} must be undamaged to be fetched"
+        ]
+
+
 def set_environment(variables):
     os.environ.update(variables)
     store.connect.cache_clear()
@@ -103,16 +161,22 @@ def load(config, folder):
     engine = fsdp.build_engine(config, mesh)
     for value in engine.local_weights().values():
         value.zero_()
-    store.READ["bytes"] = 0
-    engine.load(folder)
-    return engine.local_weights(), store.READ["bytes"]
+    read, readinto = [], store.Reader.readinto
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            store.Reader,
+            "readinto",
+            lambda self, buffer: read.append(readinto(self, buffer)) or read[-1],
+        )
+        engine.load(folder)
+    return engine.local_weights(), sum(read)
 
 
-def test_each_rank_reads_its_own_slices(server, demo_paths, tmp_path, pools):
-    ranks = pools(2)
-    ranks.run(set_environment, server.environment)
+def test_each_rank_reads_its_own_slices(runs, demo_paths, tmp_path, pools):
+    ranks, (where, variables) = pools(2), runs
+    ranks.run(set_environment, variables)
     config = make_config(demo_paths, tmp_path, 2, 1)
-    folder = f"{RUNS}/slices"
+    folder = f"{where}/slices"
     saved = ranks.run(train_and_save, config, folder)
     sizes = store.files(store.path(folder))
     shards = [size for name, size in sizes.items() if name.endswith(".distcp")]
@@ -165,33 +229,36 @@ def test_a_store_that_refuses_is_one_sentence_in_the_driver(
         TrainConfig(cache_dir="s3://b")
 
 
-def test_a_dataset_in_a_store_is_copied_once(server, demo_paths, disk, tmp_path):
+def test_a_dataset_in_a_store_is_copied_once(runs, demo_paths, tmp_path):
+    where, _ = runs
+    data = f"{where}/data"
     for path in Path(demo_paths[1]).rglob("*"):
         if path.is_file():
             name = path.relative_to(demo_paths[1])
-            store.copy(path, store.path(f"s3://{s3.BUCKET}/data") / name)
-    settings = {"cache_dir": str(disk), "dataset_percentage": 5}
+            store.copy(path, store.path(data) / name)
+    settings = {"cache_dir": str(tmp_path / "cache"), "dataset_percentage": 5}
     local = make_config(demo_paths, tmp_path, 1, 1, **settings)
-    remote = replace(local, dataset_name=f"s3://{s3.BUCKET}/data")
+    remote = replace(local, dataset_name=data)
     rows = launch.prepare(remote).prepared_data
     assert launch.prepare(remote).prepared_data == rows
-    assert len(list((disk / "fetched").glob("*[0-9a-f]"))) == 1
+    assert len(list((tmp_path / "cache" / "fetched").glob("*[0-9a-f]"))) == 1
     same = Path(launch.prepare(local).prepared_data, "input_ids.npy").read_bytes()
     assert Path(rows, "input_ids.npy").read_bytes() == same
     with pytest.raises(ConfigError, match=r"there is no such folder"):
-        launch.prepare(replace(local, dataset_name=f"s3://{s3.BUCKET}/none"))
+        launch.prepare(replace(local, dataset_name=f"{where}/none"))
 
 
-def test_in_a_store_the_manifest_makes_the_checkpoint(server, demo_paths, tmp_path):
+def test_in_a_store_the_manifest_makes_the_checkpoint(runs, demo_paths, tmp_path):
+    where, _ = runs
     config = make_config(demo_paths, tmp_path, 1, 1, run_name="names")
-    config = replace(config, storage_path=RUNS, cache_dir=str(tmp_path))
+    config = replace(config, storage_path=where, cache_dir=str(tmp_path))
     for step in (2, 4, 6):
         partial = manifest.partial_folder(config, step)
         (partial / "weights.distcp").write_bytes(b"weights")
         (partial / saving.STATE_FILE).write_text("{}")
         if step < 6:
             manifest.publish(partial, {}, {"step": step})
-    assert checkpoint.last_of(config) == f"{RUNS}/names/checkpoint-000004"
+    assert checkpoint.last_of(config) == f"{where}/names/checkpoint-000004"
     manifest.remove_leftovers(config)
     assert [p.name[-1] for p in manifest.checkpoints(config)] == ["4", "2"]
     assert not store.files(manifest.partial_folder(config, 6))
@@ -199,7 +266,7 @@ def test_in_a_store_the_manifest_makes_the_checkpoint(server, demo_paths, tmp_pa
     (newest / "weights.distcp").write_bytes(b"weight")
     with pytest.raises(CheckpointError, match="must have 7 bytes, but has 6"):
         manifest.verify(newest)
-    assert checkpoint.last_of(config) == f"{RUNS}/names/checkpoint-000002"
+    assert checkpoint.last_of(config) == f"{where}/names/checkpoint-000002"
     (newest / "weights.distcp").write_bytes(b"weights")
     (newest / saving.STATE_FILE).write_text("[]")
     with pytest.raises(CheckpointError, match=r"state\.json must be as it was"):

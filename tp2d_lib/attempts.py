@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import ray
 import ray.train
@@ -63,8 +62,7 @@ def fit(
         storage.remove(config, SNAPSHOT)
         trainer, has_room = build_trainer()
         attempt = outcome(trainer)
-        while has_room and not attempt.done():
-            time.sleep(ROOM_S)
+        while has_room and not wait([attempt], ROOM_S).done:
             if has_room():
                 watcher.widen()
                 break

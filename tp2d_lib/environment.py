@@ -14,7 +14,9 @@ WORKER_ENV = {
     "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",  # logs, if NCCL's `ncclras` is there
     "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S": "60",  # before we end the attempt
 }
-SENT = re.compile("(HF|AWS|GOOGLE|NCCL|TORCH|PYTORCH|CUDA|MLFLOW|WANDB)_")
+SENT = re.compile(
+    "(HF|AWS|GOOGLE|NCCL|TORCH|PYTORCH|CUDA|MLFLOW|WANDB)_|STORAGE_EMULATOR_HOST$"
+)
 KEPT = ("CUDA_VISIBLE_DEVICES",)  # Ray sets it on each worker
 SECRET = re.compile("TOKEN|SECRET|KEY|PASSWORD|CREDENTIAL")
 

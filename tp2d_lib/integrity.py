@@ -14,9 +14,7 @@ class HashedFile(io.BufferedWriter):
     """A new file that is hashed while it is written, so that it is never read again."""
 
     def __init__(self, path: str | Path):
-        remote = store.is_remote(path)
-        file = store.path(path).open("wb") if remote else io.FileIO(path, "w")
-        super().__init__(file, 1 << 20)
+        super().__init__(store.path(path).open("wb", buffering=0), 1 << 20)
         self.path, self.sha256 = key(path), hashlib.sha256()
 
     def write(self, data) -> int:

@@ -159,8 +159,7 @@ def build_trainer(
     variables, secrets = environment.to_send()
     if config.deterministic:
         variables |= determinism.environment()
-    remote = store.is_remote(config.storage_path)
-    files, path = store.path(config.storage_path).place if remote else (None, "")
+    path, files = store.for_ray(config.storage_path)
     trainer = TorchTrainer(
         lambda: failures.on_rank(train_func, config, holder, secrets),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -172,7 +171,7 @@ def build_trainer(
         ),
         run_config=ray.train.RunConfig(
             name=config.run_name,
-            storage_path=path if files else config.storage_path,
+            storage_path=path,
             storage_filesystem=files,
             callbacks=callbacks,
             worker_runtime_env={"env_vars": variables},

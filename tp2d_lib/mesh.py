@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -80,3 +83,25 @@ def split_dp(mesh: DeviceMesh, dp_replicate_size: int) -> DeviceMesh:
     sizes = (dp_replicate_size, mesh["dp"].size() // dp_replicate_size)
     # No public name yet; by number, because torch 2.11 refuses the name "dp".
     return mesh._unflatten(0, sizes, ("dp_replicate", "dp_shard"))
+
+
+def is_first_on_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def made_by_nodes(
+    folder: Path | None, error: str | None, group: dist.ProcessGroup | None = None
+) -> tuple[dict[str, Path], str | None]:
+    """What the first rank of each node has made; every rank must call it.
+
+    Args:
+        folder, error: on such a rank, what it made, or why it could not.
+
+    Returns:
+        The folders by host, and the first error if there is one; the same on all ranks.
+    """
+    answers = [None] * dist.get_world_size(group)
+    mine = (socket.gethostname(), folder, error)
+    dist.all_gather_object(answers, mine, group=group)
+    folders = {host: folder for host, folder, _ in answers if folder}
+    return folders, next((error for _, _, error in answers if error), None)

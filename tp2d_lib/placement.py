@@ -6,13 +6,14 @@ A TP group communicates in every layer: over the network between nodes it would 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import ray
 import ray._private.state  # no public API tells what a cluster may grow to
 from ray.util.placement_group import (
+    PlacementGroup,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -144,9 +145,8 @@ def find(
         ConfigError: no room was found.
     """
     wanted = bundles(config)
-    group = placement_group(wanted, strategy="PACK")
     what = f"{len(wanted)} x {describe(wanted[0])}, each on one node"
-    try:
+    with reserved(wanted) as group:
         if not group.wait(2):
             show(f"waiting for {what}")
             if not group.wait(seconds):
@@ -155,8 +155,6 @@ def find(
                     f"{what}, but did not in {seconds:.0f} s; try fewer workers"
                 )
         where = placement_group_table(group)["bundles_to_node_id"]
-    finally:
-        remove_placement_group(group)
     if config.tp_across_nodes != "refuse":
         return None
     found = sorted(where[index] for index in range(len(wanted)))
@@ -202,9 +200,16 @@ def widths(config: TrainConfig) -> list[TrainConfig]:
 def has_room(config: TrainConfig, width: TrainConfig) -> bool:
     """Whether, beside a run of this width, there is now room for all its dp ranks."""
     missing = (config.num_workers - width.num_workers) // config.tp_size
-    group = placement_group(of_size(config, config.tp_size)[:missing], strategy="PACK")
-    try:
+    with reserved(of_size(config, config.tp_size)[:missing]) as group:
         return group.wait(1)
+
+
+@contextmanager
+def reserved(wanted: list[dict[str, float]]) -> Iterator[PlacementGroup]:
+    """A reservation, not waited for, that is given back at the end of the block."""
+    group = placement_group(wanted, strategy="PACK")
+    try:
+        yield group
     finally:
         remove_placement_group(group)
 

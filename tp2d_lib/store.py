@@ -15,8 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-READ = {"bytes": 0}  # by this process, from stores
-
 
 def path(place: object) -> Path | RemotePath:
     """A path on disk, or one in a store if it is a URI such as ``s3://bucket/runs``."""
@@ -27,20 +25,34 @@ def is_remote(place: object) -> bool:
     return "://" in str(place)
 
 
+def for_ray(place: object) -> tuple[str, Any]:
+    """A path and its Arrow file system as Ray takes them: none for one on disk."""
+    if not is_remote(place):
+        return str(place), None
+    files, name = path(place).place
+    return name, files
+
+
 @lru_cache
 def connect(scheme: str, bucket: str):
     """The Arrow file system of a bucket; it retries for about 100 seconds.
 
     Credentials, region and endpoint come from the environment, as for the AWS and
-    Google command lines. Arrow's own look at AWS_ENDPOINT_URL is missing.
+    Google command lines and Google's emulators. Arrow itself ignores AWS_ENDPOINT_URL.
     """
     from pyarrow import fs
 
+    get = os.environ.get
     if scheme == "gs":
-        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=100))
+        protocol, _, host = (get("STORAGE_EMULATOR_HOST") or "").rpartition("://")
+        return fs.GcsFileSystem(
+            anonymous=bool(host),
+            scheme=protocol or ("http" if host else "https"),
+            endpoint_override=host or None,
+            retry_time_limit=timedelta(seconds=100),
+        )
     if scheme != "s3":
         return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
-    get = os.environ.get
     endpoint = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL")
     region = get("AWS_REGION") or get("AWS_DEFAULT_REGION")
     keys = {}
@@ -157,8 +169,7 @@ class Reader(io.RawIOBase):
         return self.file.tell()
 
     def readinto(self, buffer) -> int:
-        READ["bytes"] += (count := self.file.readinto(buffer))
-        return count
+        return self.file.readinto(buffer)
 
     def close(self) -> None:
         self.file.close()
@@ -192,22 +203,20 @@ def files(folder: Path | RemotePath) -> dict[str, int]:
     if isinstance(folder, Path):
         found = [path for path in folder.rglob("*") if path.is_file()]
         return {str(p.relative_to(folder)): p.stat().st_size for p in found}
-    return {i.path[len(folder.place[1]) + 1 :]: i.size for i in listing(folder, True)}
-
-
-def listing(folder: RemotePath, recursive: bool) -> list:
     from pyarrow.fs import FileSelector
 
     store, name = folder.place
-    which = FileSelector(name, allow_not_found=True, recursive=recursive)
-    return [i for i in store.get_file_info(which) if i.is_file or not recursive]
+    which = FileSelector(name, allow_not_found=True, recursive=True)
+    found = [info for info in store.get_file_info(which) if info.is_file]
+    return {info.path[len(name) + 1 :]: info.size for info in found}
 
 
 def names(folder: Path | RemotePath) -> list[str]:
     """What is directly in a folder; nothing if there is no such folder."""
     if isinstance(folder, Path):
         return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return [info.base_name for info in listing(folder, recursive=False)]
+    # From all files: what Arrow lists of Google's store by level omits folders.
+    return sorted({name.partition("/")[0] for name in files(folder)})
 
 
 def remove_tree(folder: Path | RemotePath) -> None:

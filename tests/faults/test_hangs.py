@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch.distributed as dist
 
-from tp2d_lib import checkpoint, fsdp, launch, loop
-from tp2d_lib.data import build_dataloader
-from tp2d_lib.mesh import build_mesh
+from tests.support.demo import train_with
+from tp2d_lib import checkpoint, fsdp, launch
 from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
 
@@ -36,19 +36,18 @@ def train(storage, name, fault):
     """The losses of a run of eight steps; ``fault(rank)`` happens once, at step 5."""
 
     def train_func(config):
-        mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-        engine = fsdp.build_engine(config, mesh)
-        loader = build_dataloader(config, mesh)
-        compute, marker = engine.step, Path(config.storage_path, f"{name}.fault")
+        marker = Path(config.storage_path, f"{name}.fault")
 
-        def step(batch):
-            if loader.step == 5 and mesh.get_rank() == 1 and not marker.exists():
-                marker.write_text(f"{os.getpid()} {time.time()}")
-                fault()
-            return compute(batch)
+        def change(compute, loader):
+            def step(batch):
+                if loader.step == 5 and dist.get_rank() == 1 and not marker.exists():
+                    marker.write_text(f"{os.getpid()} {time.time()}")
+                    fault()
+                return compute(batch)
 
-        engine.step = step
-        loop.run(engine, loader, config)
+            return step
+
+        train_with(config, change)
 
     config = build_config(
         "demo",

@@ -16,11 +16,9 @@ import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
-from tests.support.demo import train_without_ray, uninterrupted
-from tp2d_lib import checkpoint, cluster, fsdp, launch, loop, placement
+from tests.support.demo import train_with, train_without_ray, uninterrupted
+from tp2d_lib import checkpoint, cluster, fsdp, launch, placement
 from tp2d_lib.config import ConfigError
-from tp2d_lib.data import build_dataloader
-from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
 pytestmark = pytest.mark.faults
@@ -56,22 +54,22 @@ def whole(storage, pools):
 
 def tells_its_node(config):
     """Training whose first attempt writes its node at step 14, and walks from then."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    compute, marker = engine.step, Path(config.storage_path, f"{config.run_name}.node")
-    first = not marker.exists()
+    marker = Path(config.storage_path, f"{config.run_name}.node")
 
-    def step(batch):
-        if first and loader.step >= 14:
-            if dist.get_rank() == 0 and not marker.exists():
-                marker.write_text(ray.get_runtime_context().get_node_id())
-            time.sleep(0.5)
-        return compute(batch)
+    def change(compute, loader):
+        first = not marker.exists()
+        dist.barrier()  # all have looked for the marker
 
-    engine.step = step
-    dist.barrier()  # all have looked for the marker
-    loop.run(engine, loader, config)
+        def step(batch):
+            if first and loader.step >= 14:
+                if dist.get_rank() == 0 and not marker.exists():
+                    marker.write_text(ray.get_runtime_context().get_node_id())
+                time.sleep(0.5)
+            return compute(batch)
+
+        return step
+
+    train_with(config, change)
 
 
 def run_and_lose(how, nodes, storage, name, capsys) -> str:
@@ -146,21 +144,19 @@ def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
 
 def walks(config):
     """Training that takes its time, and tells the node and width of each attempt."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    compute = engine.step
+    marker = Path(config.storage_path, f"width-{config.dp_size}")
 
-    def step(batch):
-        if loader.step >= 14:
-            if dist.get_rank() == 0:
-                marker = Path(config.storage_path, f"width-{config.dp_size}")
-                marker.write_text(ray.get_runtime_context().get_node_id())
-            time.sleep(0.5)
-        return compute(batch)
+    def change(compute, loader):
+        def step(batch):
+            if loader.step >= 14:
+                if dist.get_rank() == 0:
+                    marker.write_text(ray.get_runtime_context().get_node_id())
+                time.sleep(0.5)
+            return compute(batch)
 
-    engine.step = step
-    loop.run(engine, loader, config)
+        return step
+
+    train_with(config, change)
 
 
 def test_fewer_dp_ranks_go_on_until_there_is_room_again(

@@ -6,11 +6,10 @@ import time
 import pytest
 import ray
 
-from tp2d_lib import checkpoint, fsdp, launch, loop
+from tests.support.demo import train_with
+from tp2d_lib import checkpoint, fsdp, launch
 from tp2d_lib.attempts import Failed
 from tp2d_lib.checkpoint import lease, storage
-from tp2d_lib.data import build_dataloader
-from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
 pytestmark = pytest.mark.faults
@@ -24,20 +23,18 @@ def cluster():
 
 def loses_its_lease(config):
     """At step 3, after a checkpoint; a run named "slow" then computes for long."""
-    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
-    loader = build_dataloader(config, mesh)
-    compute = engine.step
 
-    def step(batch):
-        if loader.step == 3:
-            other = lease.read(config) | {"holder": "another"}
-            storage.write(config, lease.LEASE, json.dumps(other).encode())
-            time.sleep(1000 * (config.run_name == "slow"))
-        return compute(batch)
+    def change(compute, loader):
+        def step(batch):
+            if loader.step == 3:
+                other = lease.read(config) | {"holder": "another"}
+                storage.write(config, lease.LEASE, json.dumps(other).encode())
+                time.sleep(1000 * (config.run_name == "slow"))
+            return compute(batch)
 
-    engine.step = step
-    loop.run(engine, loader, config)
+        return step
+
+    train_with(config, change)
 
 
 @pytest.mark.parametrize("name", ["slow", "quick"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -19,8 +18,9 @@ from deepspeed.checkpoint.constants import PARAM
 
 from tp2d_lib import store
 from tp2d_lib.checkpoint import manifest, resume
-from tp2d_lib.checkpoint.manifest import CheckpointError
+from tp2d_lib.checkpoint.manifest import CheckpointError, NotFetchedError
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.mesh import is_first_on_node, made_by_nodes
 
 FILES = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 LAYOUT_FILE = "layout.json"  # beside DeepSpeed's files
@@ -114,17 +114,19 @@ def prepare_start(config: TrainConfig) -> None:
     if error := convert(source / FILES, partial / TAG):
         raise failed(folder, error)
     partial.rename(target)
+    if source != folder:
+        shutil.rmtree(source)
 
 
 def on_disk(checkpoint: manifest.Folder, config: TrainConfig) -> Path:
     """A checkpoint's folder, or of one in a store what the driver made of it.
 
     Raises:
-        CheckpointError: it made nothing, because a file was damaged.
+        NotFetchedError: it made nothing, because a file was damaged.
     """
     folder = checkpoint if isinstance(checkpoint, Path) else place(checkpoint, config)
     if folder is None or not folder.exists():
-        raise CheckpointError(f"{checkpoint} must be undamaged to be fetched")
+        raise NotFetchedError(f"{checkpoint} must be undamaged to be fetched")
     return folder
 
 
@@ -154,15 +156,15 @@ def converted(checkpoint: manifest.Folder, config: TrainConfig) -> Iterator[Path
     if prepared and prepared.exists():
         yield prepared
         return
-    node, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
-    folder = tempfile.mkdtemp(prefix="tp2d-universal-") if first else None
-    error = convert(checkpoint / FILES, Path(folder) / TAG) if first else None
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (node, folder, error))
+    folder = error = None
+    if is_first_on_node():
+        folder = Path(tempfile.mkdtemp(prefix="tp2d-universal-"))
+        error = convert(checkpoint / FILES, folder / TAG)
+    folders, error = made_by_nodes(folder, error)
     try:
-        if errors := [error for _, _, error in answers if error]:
-            raise failed(checkpoint, errors[0])
-        yield next(Path(f) for n, f, _ in answers if n == node and f)
+        if error:
+            raise failed(checkpoint, error)
+        yield folders[socket.gethostname()]
         dist.barrier()  # others may still be reading
     finally:
         if folder:

@@ -27,6 +27,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint on disk is not what was written, or there is none to load."""
 
 
+class NotFetchedError(CheckpointError):
+    """The driver could not fetch a checkpoint from a store whole; no rank loads it."""
+
+
 def run_folder(config: TrainConfig) -> Folder:
     return store.path(config.storage_path) / (config.run_name or "")
 
@@ -136,18 +140,16 @@ def checkpoints(config: TrainConfig) -> list[Folder]:
 
 
 def folders(config: TrainConfig) -> list[Folder]:
-    """Those with the name of a checkpoint."""
-    run = run_folder(config)
-    return [
-        run / name
-        for name in store.names(run)
-        if re.fullmatch(r"checkpoint-\d{6,}", name)
-    ]
+    """The run's checkpoints, whole or half written or half deleted."""
+    run, named = run_folder(config), re.compile(rf"checkpoint-\d{{6,}}(.*{PARTIAL})?")
+    return [run / name for name in store.names(run) if named.fullmatch(name)]
 
 
 def is_whole(folder: Folder) -> bool:
     """Whether it was completed: on disk its name tells, in a store its manifest."""
-    return isinstance(folder, Path) or (folder / MANIFEST).is_file()
+    if isinstance(folder, Path):
+        return folder.suffix != PARTIAL
+    return (folder / MANIFEST).is_file()
 
 
 def step_of(folder: Folder) -> int:
@@ -180,7 +182,7 @@ def remove(folder: Folder) -> None:
     """Delete a checkpoint; one that is half deleted no longer counts as one."""
     if isinstance(folder, Path):
         folder = folder.rename(f"{folder}.old{PARTIAL}")
-    elif is_whole(folder):
+    else:
         (folder / MANIFEST).unlink()
     store.remove_tree(folder)
 
@@ -201,7 +203,4 @@ def remove_leftovers(config: TrainConfig) -> None:
     """Delete what a dead attempt left half written or half deleted."""
     for folder in folders(config):
         if not is_whole(folder):
-            remove(folder)
-    for name in store.names(run_folder(config)):
-        if name.startswith("checkpoint-") and name.endswith(PARTIAL):
-            store.remove_tree(run_folder(config) / name)
+            store.remove_tree(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import ray.train
 from ray.train import CheckpointUploadMode
@@ -52,8 +51,4 @@ def history(result: ray.train.Result) -> list[dict]:
 
 def as_checkpoint(place: object) -> ray.train.Checkpoint:
     """Ray's name for a folder on disk or in a store."""
-    folder = store.path(place)
-    if isinstance(folder, Path):
-        return ray.train.Checkpoint(str(folder))
-    files, path = folder.place
-    return ray.train.Checkpoint(path, files)
+    return ray.train.Checkpoint(*store.for_ray(place))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from tp2d_lib.checkpoint import lease, manifest, resume
-from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError
+from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError, NotFetchedError
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import take_written
 from tp2d_lib.model import identity
@@ -118,7 +118,7 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
             try:
                 engine.load(folder)
                 return json.loads((folder / STATE_FILE).read_text())
-            except CheckpointError as damage:  # of all ranks: found by the driver
+            except NotFetchedError as damage:  # on all ranks alike
                 error = str(damage)
         notify(f"skipped {folder.name}: {error}")
     raise resume.nothing_left(config, error)

@@ -54,8 +54,8 @@ def check(config: TrainConfig) -> None:
     for name in ("storage_path", "cache_dir", "export_to"):
         path = getattr(config, name)
         if path is not None:
-            check = check_store if store.is_remote(path) else check_writable
-            check(name, path)
+            look = check_store if store.is_remote(path) else check_writable
+            look(name, path)
     path = config.resume_from_checkpoint
     if path is not None and not has_manifest(path):
         raise ConfigError(
@@ -82,10 +82,13 @@ def check_store(name: str, path: str) -> None:
 
 
 def refused(name: str, path: str, error: Exception) -> ConfigError:
+    example, variables = "s3", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if path.startswith("gs:"):
+        example, variables = "gs", "GOOGLE_APPLICATION_CREDENTIALS"
     return ConfigError(
         f"{name}={path!r} must be a bucket that these credentials may use "
-        f"({first_line(error)}); try {name}='s3://bucket/runs', with AWS_ACCESS_KEY_ID "
-        "and AWS_SECRET_ACCESS_KEY set"
+        f"({first_line(error)}); try {name}='{example}://bucket/runs', with "
+        f"{variables} set"
     )
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.mesh import is_first_on_node, made_by_nodes
 from tp2d_lib.model.hub import errors_explained, refused
 
 SINGLE = constants.SAFETENSORS_SINGLE_FILE
@@ -33,26 +34,24 @@ def model_directory(config: TrainConfig) -> Path:
     """
     if os.path.isabs(config.model_name) or not dist.is_initialized():
         return local_directory(config)  # a folder: every rank knows, and none waits
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     folder = error = None
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    if first:
+    if is_first_on_node():
         try:
             folder = local_directory(config)
         except ConfigError as refusal:
             error = str(refusal)
-    node, answers = socket.gethostname(), [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (node, folder, error), group=group)
+    folders, error = made_by_nodes(folder, error, group)
     dist.destroy_process_group(group)
-    if errors := [error for _, _, error in answers if error]:
-        raise ConfigError(errors[0])
-    commits = sorted({folder.name for _, folder, _ in answers if folder})
+    if error:
+        raise ConfigError(error)
+    commits = sorted({folder.name for folder in folders.values()})
     if len(commits) > 1:  # it moved, or a node out of reach has an older one
         raise ConfigError(
             f"model_revision={config.model_revision!r} must be the same commit on "
             f"every node, not {' and '.join(commits)}; try {commits[0]!r}"
         )
-    return next(folder for name, folder, _ in answers if name == node and folder)
+    return folders[socket.gethostname()]
 
 
 def local_directory(config: TrainConfig) -> Path:

@@ -222,3 +222,5 @@ class Metrics:
         if self.writer:
             self.upload()
             self.writer.close()
+            if self.local != self.events:
+                store.remove_tree(self.local)
