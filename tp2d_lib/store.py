@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -203,12 +204,16 @@ def files(folder: Path | RemotePath) -> dict[str, int]:
     if isinstance(folder, Path):
         found = [path for path in folder.rglob("*") if path.is_file()]
         return {str(p.relative_to(folder)): p.stat().st_size for p in found}
+    return {i.path[len(folder.place[1]) + 1 :]: i.size for i in listing(folder)}
+
+
+def listing(folder: RemotePath) -> list:
+    """Arrow's records of the files below a folder."""
     from pyarrow.fs import FileSelector
 
     store, name = folder.place
     which = FileSelector(name, allow_not_found=True, recursive=True)
-    found = [info for info in store.get_file_info(which) if info.is_file]
-    return {info.path[len(name) + 1 :]: info.size for info in found}
+    return [info for info in store.get_file_info(which) if info.is_file]
 
 
 def names(folder: Path | RemotePath) -> list[str]:
@@ -223,7 +228,8 @@ def remove_tree(folder: Path | RemotePath) -> None:
     if isinstance(folder, Path):
         return shutil.rmtree(folder)
     store, name = folder.place
-    store.delete_dir(name)
+    with suppress(FileNotFoundError):  # Google's has no folder to delete at the end
+        store.delete_dir(name)
 
 
 def copy(source: Path | RemotePath, target: Path | RemotePath) -> None:

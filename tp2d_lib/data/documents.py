@@ -61,7 +61,7 @@ def on_disk(config: TrainConfig) -> str:
     if not config.dataset_name.startswith(("s3://", "gs://")):
         return config.dataset_name
     folder = store.path(config.dataset_name)
-    found = [(i.path, i.size, i.mtime_ns) for i in store.listing(folder, True)]
+    found = [(i.path, i.size, i.mtime_ns) for i in store.listing(folder)]
     if not found:
         raise FileNotFoundError("there is no such folder")
     name = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
