@@ -1,6 +1,7 @@
 """A run in an object store: trained, killed, resumed on another mesh, exported."""
 
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -53,42 +54,47 @@ def disk(tmp_path_factory):
     return tmp_path_factory.mktemp("disk")
 
 
-def start(engine, config, disk, *flags):
-    """A command that trains what a configuration says, in the store."""
+def start(engine, config, disk, runs, *flags):
+    """A command that trains what a configuration says, in a store."""
     script = {"fsdp": "train_fsdp.py", "autotp": "train_deepspeed.py"}[engine]
     values = ["model_name", "dataset_name", "dataset_percentage", "seq_length"]
     values += ["max_steps", "learning_rate", "log_interval", "device"]
-    command = [sys.executable, commands.ROOT / script, *flags, "--cache_dir", disk]
-    command += ["--run_name", f"{engine}-run", "--storage_path", RUNS]
+    command = [sys.executable, commands.ROOT / script, "--cache_dir", disk]
+    command += ["--run_name", f"{engine}-run", "--storage_path", runs]
     command += [x for name in values for x in (f"--{name}", getattr(config, name))]
-    return commands.run([str(part) for part in command])
+    return commands.run([str(part) for part in (*command, *flags)])
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+BOTH = [("fsdp", "s3"), ("autotp", "s3")]
+GOOGLE = pytest.param("fsdp", "gs", marks=pytest.mark.faults)
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+@pytest.mark.parametrize(("engine", "runs"), [*BOTH, GOOGLE], indirect=["runs"])
 def test_killed_then_resumed_on_another_mesh_and_exported(
-    engine, server, demo_paths, disk, tmp_path, pools
+    engine, runs, demo_paths, disk, tmp_path, pools
 ):
+    where, _ = runs
     settings = {"dataset_percentage": 20, "max_steps": 12, "log_interval": 1}
     config = make_config(demo_paths, tmp_path, 2, 1, device="cpu", **settings)
     whole = (engine, config, str(tmp_path / "whole"), "export")
     pools(2, engine).run(train_without_ray, *whole)
     before = ("--tp_size", "2", "--batch_size", "4", "--checkpoint_every", "2")
-    killed = start(engine, config, disk, *before)
-    run = store.path(RUNS) / f"{engine}-run"
+    killed = start(engine, config, disk, where, *before)
+    run = store.path(where) / f"{engine}-run"
     done = run / "checkpoint-000004" / manifest.MANIFEST
     commands.wait_for(done.is_file, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
 
-    out = f"s3://{s3.BUCKET}/{engine}-model"
+    out = f"{where}/{engine}-model"
     after = ("--tp_size", "1", "--dp_size", "2", "--batch_size", "2")
     after += ("--checkpoint_every", "4", "--export_to", out)
-    printed, _ = commands.finish(start(engine, config, disk, *after))
+    printed, _ = commands.finish(start(engine, config, disk, where, *after))
     assert "resumed after step" in printed
     assert "done: step 12, loss" in printed
 
@@ -100,6 +106,41 @@ def test_killed_then_resumed_on_another_mesh_and_exported(
     found, expected = weights(exported), weights(tmp_path / "whole")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("answer", "seconds", "code"),
+    [
+        ("503 Slow Down", 60, 0),
+        ("403 Forbidden", 600, 1),
+        ("507 Insufficient Storage", 600, 1),  # as full MinIO servers answer
+    ],
+)
+def test_a_store_that_fails_while_a_run_trains(
+    answer, seconds, code, server, demo_paths, disk, tmp_path
+):
+    """Away for a minute, it is waited for; for good, the run ends, and can resume."""
+    settings = {"dataset_percentage": 20, "max_steps": 30, "log_interval": 1}
+    config = make_config(demo_paths, tmp_path, 2, 1, device="cpu", **settings)
+    name = f"away-{answer[:3]}"
+    flags = ("--run_name", name, "--tp_size", "1", "--checkpoint_every", "2")
+    flags += ("--batch_size", "4")
+    command = start("fsdp", config, disk, RUNS, *flags)
+    run = store.path(RUNS) / name
+    first = run / "checkpoint-000004" / manifest.MANIFEST
+    commands.wait_for(first.is_file, command)
+    with server.failing(answer, seconds):
+        printed, err = commands.finish(command, code)
+    assert server.refused > 0
+    if code:
+        assert f"failed: storage_path='{RUNS}' must stay readable and writable" in err
+        assert "last checkpoint: unknown while storage_path cannot be read" in err
+        assert f"--resume_from {name}" in err
+        assert manifest.checkpoints(replace(config, storage_path=RUNS, run_name=name))
+        printed, _ = commands.finish(start("fsdp", config, disk, RUNS, *flags))
+        assert "resumed after step" in printed
+    assert re.search(rf"done: step 30, loss .*, {run}/checkpoint-000030", printed)
 
 
 def save_twice(config):

@@ -86,19 +86,19 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
         print(report(error, config, argv), file=sys.stderr)
         return 1
     last = checkpoint.history(result)[-1]
-    print(
-        f"done: step {last['step']}, loss {last['loss']:.4f}, {result.checkpoint.path}"
-    )
+    scheme, separator, _ = config.storage_path.rpartition("://")
+    where = f"{scheme}{separator}{result.checkpoint.path}"
+    print(f"done: step {last['step']}, loss {last['loss']:.4f}, {where}")
     return 0
 
 
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
     """What failed first and where, what is saved, and the command that resumes."""
-    from tp2d_lib import checkpoint, launch
+    from tp2d_lib import launch
 
     kind = type(error).__name__.lower()  # failed, or stopped
-    lines = [f"{kind}: {error}", launch.saved(config)]
-    if checkpoint.last_of(config):
+    lines = [f"{kind}: {error}", saved := launch.saved(config)]
+    if saved != launch.NOTHING_SAVED:
         kept = without(argv, ("--run_name", "--resume_from"))
         again = shlex.join([*kept, "--resume_from", config.run_name])
         lines.append(f"to resume: python {shlex.quote(sys.argv[0])} {again}")

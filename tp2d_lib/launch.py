@@ -26,7 +26,7 @@ from tp2d_lib import (
 from tp2d_lib.attempts import Failed, Stopped
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.cluster import connect, quiet
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model import determinism
 from tp2d_lib.monitor import failures, progress, reporting, signals
 from tp2d_lib.placement import gpus, pick_device
@@ -41,6 +41,7 @@ __all__ = [
     "run",
     "train",
 ]
+NOTHING_SAVED = "no checkpoint was written yet"
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -90,8 +91,16 @@ def train(train_func: Callable[[TrainConfig], None], config: TrainConfig):
     """
     if result := finished(config):
         return result
-    with lease.hold(config) as held:
-        return train_alone(train_func, config, held)
+    try:
+        with lease.hold(config) as held:
+            return train_alone(train_func, config, held)
+    except OSError as error:  # Arrow's, after all its retries
+        if not store.is_remote(config.storage_path):
+            raise
+        raise Failed(
+            f"storage_path={config.storage_path!r} must stay readable and writable "
+            f"during a run ({first_line(error)}); try again once it is"
+        ) from error
 
 
 def train_alone(train_func, config: TrainConfig, held: lease.Lease):
@@ -135,8 +144,11 @@ def prepare_start(config: TrainConfig) -> None:
 
 def saved(config: TrainConfig) -> str:
     """A line with the run's last checkpoint."""
-    last = checkpoint.last_of(config)
-    return f"last checkpoint: {last}" if last else "no checkpoint was written yet"
+    try:
+        last = checkpoint.last_of(config)
+    except OSError:  # of a store that is away
+        last = "unknown while storage_path cannot be read"
+    return f"last checkpoint: {last}" if last else NOTHING_SAVED
 
 
 def build_trainer(

@@ -39,9 +39,11 @@ class Store:
         self.answer = answer
         timer = threading.Timer(seconds, self.recover)
         timer.start()
-        yield
-        timer.cancel()
-        self.recover()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self.recover()
 
     def recover(self) -> None:
         self.answer = None
