@@ -137,7 +137,7 @@ def test_a_store_that_fails_while_a_run_trains(
         assert f"failed: storage_path='{RUNS}' must stay readable and writable" in err
         assert "last checkpoint: unknown while storage_path cannot be read" in err
         assert f"--resume_from {name}" in err
-        assert manifest.checkpoints(replace(config, storage_path=RUNS, run_name=name))
+        assert any(n.startswith("checkpoint-") for n in store.names(run))
         printed, _ = commands.finish(start("fsdp", config, disk, RUNS, *flags))
         assert "resumed after step" in printed
     assert re.search(rf"done: step 30, loss .*, {run}/checkpoint-000030", printed)
