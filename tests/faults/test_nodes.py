@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
 from tests.support.demo import train_with, train_without_ray, uninterrupted
-from tp2d_lib import checkpoint, cluster, fsdp, launch, placement
+from tp2d_lib import autotp, checkpoint, cluster, fsdp, launch, placement
 from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
 
@@ -142,9 +143,9 @@ def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
         assert len(waiting.result(timeout=60)) == 2
 
 
-def walks(config):
+def walks(engine, config):
     """Training that takes its time, and tells the node and width of each attempt."""
-    marker = Path(config.storage_path, f"width-{config.dp_size}")
+    marker = Path(config.storage_path, config.run_name, f"width-{config.dp_size}")
 
     def change(compute, loader):
         def step(batch):
@@ -156,32 +157,36 @@ def walks(config):
 
         return step
 
-    train_with(config, change)
+    train_with(config, change, engine)
 
 
+@pytest.mark.parametrize("engine", [fsdp, autotp], ids=["fsdp", "autotp"])
 def test_fewer_dp_ranks_go_on_until_there_is_room_again(
-    nodes, storage, pools, capsys, survived
+    engine, nodes, storage, pools, capsys, survived
 ):
     """A node of two is killed; another one is busy at first, and then free."""
     settings = {**SETTINGS, "checkpoint_every": 5, "batch_size_per_gpu": 2}
     alone = build_config(
         "demo", str(storage), tp_size=2, gradient_accumulation_steps=2, **settings
     )
-    alone = launch.prepare(fsdp.check(replace(alone, device="cpu")))
-    rank = pools(2).run(train_without_ray, "fsdp", alone, str(storage / "alone"))[0]
+    name = engine.__name__.rpartition(".")[2]
+    alone = launch.prepare(engine.check(replace(alone, device="cpu")))
+    rank = pools(2, name).run(train_without_ray, name, alone, str(storage / name))[0]
     nodes.add_node(num_cpus=2)
     nodes.wait_for_nodes()
     launch.connect()
     busy = ray.util.placement_group([{"CPU": 2}])
     assert busy.wait(30)
 
+    run = storage / f"elastic-{name}"
+
     def kill_then_free():
-        wait_until((storage / "width-2").exists)
-        wait_until((storage / "width-2").read_text)
-        node_id = (storage / "width-2").read_text()
+        wait_until((run / "width-2").exists)
+        wait_until((run / "width-2").read_text)
+        node_id = (run / "width-2").read_text()
         lost = next(node for node in nodes.worker_nodes if node.node_id == node_id)
         nodes.remove_node(lost, allow_graceful=False)
-        wait_until((storage / "width-1").exists)
+        wait_until((run / "width-1").exists)
         ray.util.remove_placement_group(busy)
 
     loser = threading.Thread(target=kill_then_free, daemon=True)
@@ -189,9 +194,8 @@ def test_fewer_dp_ranks_go_on_until_there_is_room_again(
     config = build_config(
         "demo", str(storage), tp_size=2, dp_size=2, min_dp_size=1, **settings
     )
-    result = launch.run(
-        walks, replace(config, device="cpu", run_name="elastic"), fsdp.check
-    )
+    config = replace(config, device="cpu", run_name=f"elastic-{name}")
+    result = launch.run(partial(walks, engine), config, engine.check)
     loser.join()
     out = capsys.readouterr().out
     assert re.search(

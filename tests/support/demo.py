@@ -34,13 +34,13 @@ def uninterrupted(pools, storage, **settings) -> dict[str, str]:
     return shards(storage / "whole")
 
 
-def train_with(config, change):
+def train_with(config, change, engine=fsdp):
     """Run by every worker of Ray: training whose step is ``change(step, loader)``."""
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
-    engine = fsdp.build_engine(config, mesh)
+    built = engine.build_engine(config, mesh)
     loader = build_dataloader(config, mesh)
-    engine.step = change(engine.step, loader)
-    loop.run(engine, loader, config)
+    built.step = change(built.step, loader)
+    loop.run(built, loader, config)
 
 
 def train_without_ray(engine, config, folder, finish="save"):
