@@ -132,14 +132,14 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     return result
 
 
-def prepare_start(config: TrainConfig) -> None:
+def prepare_start(config: TrainConfig, show: Callable[[str], None]) -> None:
     """What the engine of the checkpoint to load does before it is loaded, if anything.
 
     The checkpoint names its engine, a folder beside this file.
     """
     if start := checkpoint.start_of(config):
         engine = import_module(f"tp2d_lib.{manifest.read(start)['engine']}")
-        getattr(engine, "prepare_start", lambda config: None)(config)
+        getattr(engine, "prepare_start", lambda *_: None)(config, show)
 
 
 def saved(config: TrainConfig) -> str:
@@ -162,7 +162,7 @@ def build_trainer(
         config, nodes = placement.place(wanted, watcher.show)
     except ConfigError as error:
         raise Failed(str(error)) from error
-    prepare_start(config)
+    prepare_start(config, partial(watcher.show, done=True))
     watcher.config, has_room = config, None
     if config.dp_size < wanted.dp_size:
         watcher.show(f"dp_size {wanted.dp_size} -> {config.dp_size} for now", done=True)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class ConversionError(CheckpointError):
     """DeepSpeed's converter could not read a checkpoint."""
 
 
-def prepare_start(config: TrainConfig) -> None:
+def prepare_start(config: TrainConfig, show: Callable[[str], None] = print) -> None:
     """Fetch the checkpoint that a run will load from a store, convert it if need be.
 
     The driver calls it, holding the run's lease, before any worker holds a GPU: it may
@@ -96,7 +96,7 @@ def prepare_start(config: TrainConfig) -> None:
             fits = json.loads((folder / LAYOUT_FILE).read_text()) == layout(config)
             source, target = folder, place(folder, config)
             if store.is_remote(folder):
-                print(f"fetching {folder.name}, once for all nodes", flush=True)
+                show(f"fetching {folder.name}, once for all nodes")
                 source = store.fetch(folder, target.with_name(f"{target.name}-source"))
             elif fits:
                 return
@@ -109,7 +109,7 @@ def prepare_start(config: TrainConfig) -> None:
         return
     files = manifest.read(folder)["files"].values()
     storage.check_space(config, 2 * sum(file["size"] for file in files), "conversion")
-    print(f"converting {folder.name} for another layout, once", flush=True)
+    show(f"converting {folder.name} for another layout, once")
     partial = target.with_name(f"{target.name}{manifest.PARTIAL}")
     if error := convert(source / FILES, partial / TAG):
         raise failed(folder, error)
