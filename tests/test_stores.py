@@ -300,6 +300,8 @@ def test_in_a_store_the_manifest_makes_the_checkpoint(runs, demo_paths, tmp_path
         if step < 6:
             manifest.publish(partial, {}, {"step": step})
     assert checkpoint.last_of(config) == f"{where}/names/checkpoint-000004"
+    last = checkpoint.as_checkpoint(checkpoint.last_of(config))
+    assert store.from_ray(last) == checkpoint.last_of(config)
     manifest.remove_leftovers(config)
     assert [p.name[-1] for p in manifest.checkpoints(config)] == ["4", "2"]
     assert not store.files(manifest.partial_folder(config, 6))

@@ -77,7 +77,7 @@ def dry_run(engine: str, config: TrainConfig) -> int:
 
 
 def train(train_func, config: TrainConfig, argv: list[str]) -> int:
-    from tp2d_lib import attempts, checkpoint, launch
+    from tp2d_lib import attempts, checkpoint, launch, store
 
     print(launch.as_yaml(config), flush=True)
     try:
@@ -86,8 +86,7 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
         print(report(error, config, argv), file=sys.stderr)
         return 1
     last = checkpoint.history(result)[-1]
-    scheme, separator, _ = config.storage_path.rpartition("://")
-    where = f"{scheme}{separator}{result.checkpoint.path}"
+    where = store.from_ray(result.checkpoint)
     print(f"done: step {last['step']}, loss {last['loss']:.4f}, {where}")
     return 0
 

@@ -34,6 +34,12 @@ def for_ray(place: object) -> tuple[str, Any]:
     return name, files
 
 
+def from_ray(checkpoint: Any) -> str:
+    """The address of a checkpoint of Ray's, the inverse of ``for_ray``."""
+    schemes = {"s3": "s3://", "gcs": "gs://"}  # by Arrow's names of file systems
+    return schemes.get(checkpoint.filesystem.type_name, "") + checkpoint.path
+
+
 @lru_cache
 def connect(scheme: str, bucket: str):
     """The Arrow file system of a bucket; it retries for about 100 seconds.
