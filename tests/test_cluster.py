@@ -130,6 +130,7 @@ def test_the_driver_judges_by_the_clusters_hardware(nodes, tmp_path, capsys):
     try:
         config = replace(config, device=launch.pick_device(config))
         assert config.device == "cuda"
+        assert launch.pick_dtype(config) == "auto"
         placement.check_nodes(config)
         for valid in ({"dtype": "float16"}, {"bf16_master_weights": True}):
             autotp.check(replace(config, **valid))
@@ -145,6 +146,41 @@ def test_the_driver_judges_by_the_clusters_hardware(nodes, tmp_path, capsys):
         assert len(placement.find(config, said.append)) == 2
     finally:
         nodes.remove_node(added)
+
+
+def test_an_old_gpu_makes_all_ranks_compute_in_float32(nodes, tmp_path, capsys):
+    """Also where the driver sees none, and others of the cluster have bfloat16."""
+    config = build_config("demo", str(tmp_path), tp_size=2)
+    old = {"num_gpus": 1, "resources": {"accelerator_type:T4": 1}}
+    new = {"num_gpus": 1, "resources": {"accelerator_type:H100": 1}}
+    launch.connect()
+    added = [nodes.add_node(num_cpus=1, **kind) for kind in (old, new)]
+    wait_until(lambda: ray.cluster_resources().get("GPU") == 2)
+    try:
+        config = replace(config, device=launch.pick_device(config))
+        config = replace(config, dtype=launch.pick_dtype(config))
+        assert config.dtype == "float32"
+        assert "T4 without native bfloat16: float32 thr" in capsys.readouterr().out
+        autotp.check(replace(config, zero_stage=0))  # in bfloat16 it is refused
+        explicit = replace(config, dtype="bfloat16")
+        assert launch.pick_dtype(explicit) == "bfloat16"
+    finally:
+        for node in added:
+            nodes.remove_node(node)
+
+
+def test_a_node_without_the_package_is_found_by_the_driver(nodes, tmp_path):
+    """Others may have called ray.init without sending it."""
+    hidden = "import sys; sys.modules['tp2d_lib'] = None"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    launch.connect()
+    launch.connect()  # all have it so far
+    lacking = nodes.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path)})
+    try:
+        with pytest.raises(ConfigError, match=r"must send tp2d_lib to all nodes, so"):
+            launch.connect()
+    finally:
+        nodes.remove_node(lacking)
 
 
 def test_auto_waits_for_gpus_that_the_cluster_may_add(nodes, tmp_path, capsys):

@@ -45,6 +45,7 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
         config = read_config(given)
         module = importlib.import_module(f"tp2d_lib.{engine}")
         config = replace(config, device=pick_device(config, is_dry_run))
+        config = replace(config, dtype=launch.pick_dtype(config))
         config = launch.prepare(module.check(config))
         if is_dry_run:
             return dry_run(engine, config)

@@ -29,13 +29,14 @@ from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model import determinism
 from tp2d_lib.monitor import failures, progress, reporting, signals
-from tp2d_lib.placement import gpus, pick_device
+from tp2d_lib.placement import gpus, pick_device, pick_dtype
 
 __all__ = [
     "as_yaml",
     "connect",
     "gpus",
     "pick_device",
+    "pick_dtype",
     "prepare",
     "quiet",
     "run",
@@ -76,6 +77,7 @@ def run(
         Failed: a worker failed more than ``max_failures`` times, or as it would again.
     """
     config = replace(config, device=pick_device(config))
+    config = replace(config, dtype=pick_dtype(config))
     config = prepare(check(config))
     try:
         return train(train_func, config)

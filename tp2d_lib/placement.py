@@ -27,6 +27,7 @@ REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 PATIENCE_S = 10.0  # until what a lost attempt held is free
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 SMALL = 1_000_000_000  # parameters that device="auto" trains on CPUs
+OLD = {"K80", "P4", "P100", "T4", "V100"}  # in Ray's words, GPUs without bfloat16
 
 
 def pick_device(config: TrainConfig) -> str:
@@ -53,6 +54,21 @@ def pick_device(config: TrainConfig) -> str:
             f"GPUs; try {fits * (found > 0)}device='cpu'"
         )
     return "cuda"
+
+
+def pick_dtype(config: TrainConfig) -> str:
+    """``dtype``, or "float32" instead of "auto" if a GPU of the cluster is too old.
+
+    The driver's own node may have no GPU, and all ranks must compute in one type.
+    """
+    fixed = config.device != "cuda" or config.dtype != "auto" or config.autocast
+    if fixed or not ray.is_initialized():
+        return config.dtype
+    kinds = {name.removeprefix("accelerator_type:") for name in ray.cluster_resources()}
+    if not (old := kinds & OLD):
+        return "auto"
+    print(f"{', '.join(sorted(old))} without native bfloat16: float32 throughout")
+    return "float32"
 
 
 def gpus() -> int:

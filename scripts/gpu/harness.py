@@ -180,11 +180,15 @@ def write_files(place: Path, large: bool) -> None:
 def join(device: str) -> None:
     """Join the group of torchrun's ranks, or make one of this process alone."""
     backend = "nccl" if device == "cuda" else "gloo"  # as in a run through Ray
+    own = None
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        own = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(own)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=own)
         return
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own
+    )
