@@ -37,6 +37,10 @@ def test_flops_count_what_multiplies(kind, tied):
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA RTX A1000", None),  # no A100
         ("NVIDIA L40", None),  # no L4

@@ -1,4 +1,4 @@
-"""The check for GPUs, all of it, on a CPU: what it prints, and what it does without."""
+"""What checks and measures on GPUs, on a CPU: what it prints, what it can lack."""
 
 import os
 import re
@@ -75,6 +75,22 @@ def test_every_check_on_two_ranks():
     assert code == 0, output
     checks = 2 * len(gpu_check.CHECKS) + len(gpu_check.DEEPSPEED)
     assert len(outcomes["ok"]) == checks, output
+
+
+@pytest.mark.ranks
+def test_the_benchmark_runs_without_a_gpu():
+    """Every engine with every option that needs no compiler."""
+    small = ["--device", "cpu", "--models", "tiny", "--rows", "1", "--seq_length", "64"]
+    engines = ["--engines", "minimal", "fsdp", "autotp", "--seconds", "0"]
+    options = ["--options", "eager", "checkpointing", "--no_prediction"]
+    command = [sys.executable, "scripts/bench_gpu.py", *small, *engines, *options]
+    ended = subprocess.run(command, cwd=ROOT, **TEXT)
+    rows = re.findall(
+        r"^\| tiny \| 1 x 64 \| (\w+) \| (\w+) \| [\d,]+ \| - \| \d+ MB \|",
+        ended.stdout,
+        re.M,
+    )
+    assert len(set(rows)) == 6, ended.stdout + ended.stderr
 
 
 def test_meshes_of_so_many_ranks():

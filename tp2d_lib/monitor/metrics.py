@@ -21,8 +21,12 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.monitor import health
 
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets.
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets. The first whose
+# words are all in a GPU's name; without PCIe or NVL it is one on an SXM board.
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100": 989e12,
     "H20": 148e12,
@@ -31,6 +35,7 @@ PEAK_FLOPS = {
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 
@@ -57,8 +62,9 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of this GPU, or None if it is unknown, or on a CPU."""
     if device.type != "cuda":
         return None
-    words = re.findall(r"\w+", torch.cuda.get_device_name(device))
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in words), None)
+    words = set(re.findall(r"\w+", torch.cuda.get_device_name(device)))
+    known = (peak for key, peak in PEAK_FLOPS.items() if words.issuperset(key.split()))
+    return next(known, None)
 
 
 def peak_memory(device: torch.device) -> int:
