@@ -43,7 +43,6 @@ def test_flops_count_what_multiplies(kind, tied):
         ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA RTX A1000", None),  # no A100
-        ("NVIDIA L40", None),  # no L4
     ],
 )
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
