@@ -151,6 +151,12 @@ class TrainConfig:
         False, "recompute each layer in backward instead of storing its activations"
     )
 
+    loss_chunk_tokens: int | None = setting(
+        None,
+        "tokens whose logits exist at once, in head and loss; 0: those of a whole "
+        "micro-batch; if omitted, 1024 where these would need over 2 GB",
+    )
+
     storage_path: str = setting(
         "/mnt/cluster_storage", "where runs are stored; every node must have access"
     )

@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     "checkpoint_minutes",
     "max_failures",
     "profile_steps",
+    "loss_chunk_tokens",
     "seed",
 )
 PATHS = (
@@ -112,7 +113,7 @@ def check_values(config: Any) -> None:
             raise ConfigError(f"{name}={value} must be positive; try {POSITIVE[name]}")
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ConfigError(f"{name}={value} must not be negative; try 0")
     if config.seq_length < 2:
         raise ConfigError(
@@ -166,6 +167,12 @@ def check_combinations(config: Any) -> None:
             f"min_dp_size={fewest} cannot be combined with "
             f"dp_replicate_size={config.dp_replicate_size}, whose copies a lost node "
             "would tear apart; try min_dp_size=None"
+        )
+    if config.loss_chunk_tokens and config.dtype == "float16":
+        raise ConfigError(
+            f"loss_chunk_tokens={config.loss_chunk_tokens} cannot be combined with "
+            "dtype='float16', whose loss is scaled too late for gradients computed in "
+            "the forward pass; try loss_chunk_tokens=0"
         )
     if "://" in config.storage_path and config.cache_dir is None:
         raise ConfigError(

@@ -28,6 +28,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism, weights
+from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import (
     check_replicated_gradients,
     check_same_function,
@@ -127,6 +128,7 @@ def build_engine(
         check_same_function(expected, probe(wrapped), allowed, description)
     if config.compile:
         models.compile_blocks(wrapped.module)
+    compute_loss_in_chunks(wrapped.module, config)
     return AutoTPEngine(wrapped, mesh, config, train_step, description)
 
 

@@ -31,6 +31,7 @@ from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
 from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, weights
+from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 
 CPU = torch.device("cpu")
@@ -116,6 +117,7 @@ def build_engine(
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
+    compute_loss_in_chunks(model, config, sequence_shards=config.tp_size)
     if config.autocast:
         model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
     optimizer = build_optimizer(model, config)

@@ -1,0 +1,128 @@
+"""Head and loss for some of the tokens at a time, so that few logits exist at once.
+
+A logit costs up to 16 bytes while its loss is computed: itself, its float32 copy, and
+what the softmax and its gradient hold. With 152,000 of them for every token that is
+often more than the whole decoder keeps. Liger's fused linear cross-entropy computes the
+gradient in the forward pass, too, but knows no vocabulary that is sharded over tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+)
+
+from tp2d_lib.config import TrainConfig
+
+MANY = 2**27  # logits on a rank, from which on they are computed in chunks by default
+CHUNK = 1024  # tokens in one of those: enough to keep a GPU's matrix units busy
+IGNORED = -100  # label of a position without a next token
+
+
+def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
+    """How many tokens of a micro-batch share a chunk; all of them without chunks."""
+    tokens = config.batch_size_per_gpu * config.seq_length
+    if config.loss_chunk_tokens is not None:
+        return config.loss_chunk_tokens or tokens
+    many = tokens * vocab_size // config.tp_size > MANY and config.dtype != "float16"
+    return min(CHUNK, tokens) if many else tokens
+
+
+def compute_loss_in_chunks(
+    model: nn.Module, config: TrainConfig, sequence_shards: int = 1
+) -> None:
+    """Let the model, called for its loss, compute head and loss chunk by chunk.
+
+    The model's own code computes them, with its scaling, its soft cap and its sharded
+    vocabulary; it is only given some of the hidden states at a time. Nothing changes
+    if one chunk holds all tokens.
+
+    Args:
+        sequence_shards: tp ranks that the decoder leaves the hidden states sharded
+            over, as seq / shards positions each; 1 if every rank has them all.
+    """
+    chunk = chunk_tokens(config, model.config.vocab_size)
+    if chunk >= config.batch_size_per_gpu * config.seq_length:
+        return
+    whole, decoder = model.forward, model.get_decoder()
+
+    def loss_of(hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor):
+        with decoder_returns(model, hidden.contiguous()):  # labels only make it compute a loss
+            loss = whole(
+                labels=labels, shift_labels=labels, num_items_in_batch=valid
+            ).loss
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+    def forward(labels=None, num_items_in_batch=None, **inputs):
+        if num_items_in_batch is None:
+            return whole(labels=labels, **inputs)
+        hidden = decoder(**inputs).last_hidden_state
+        rows, positions = hidden.shape[:2]
+        # As the head all-gathers them: a chunk has the same positions of every shard.
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = labels.view(rows, sequence_shards, positions)
+        width = max(chunk // (rows * sequence_shards), 1)
+        chunks = [
+            (at, labels[..., at].flatten(1).contiguous(), num_items_in_batch)
+            for start in range(0, positions, width)
+            for at in [slice(start, start + width)]
+        ]
+        if torch.is_grad_enabled():
+            weights = model.get_output_embeddings().parameters()
+            loss = LossInChunks.apply(hidden, loss_of, chunks, *weights)
+        else:
+            loss = sum(loss_of(hidden[:, at], *rest) for at, *rest in chunks)
+        return CausalLMOutputWithPast(loss=loss)
+
+    model.forward = forward
+
+
+@contextmanager
+def decoder_returns(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Call the model without its decoder: an attribute comes before a submodule."""
+    decoder = model.get_decoder()
+    name = next(key for key, child in model.named_children() if child is decoder)
+    model.__dict__[name] = lambda *_, **__: BaseModelOutputWithPast(hidden)
+    try:
+        yield
+    finally:
+        del model.__dict__[name]
+
+
+class LossInChunks(torch.autograd.Function):
+    """The sum of the chunks' losses; each chunk's gradient at once, in the forward pass.
+
+    So the logits of one chunk exist at a time, and none is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, loss_of: Callable, chunks: list, *weights: nn.Parameter
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        of_hidden = torch.empty_like(hidden)
+        of_weights = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+        for at, *rest in chunks:
+            chunk = hidden[:, at].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(chunk, *rest)
+            of_hidden[:, at], *parts = torch.autograd.grad(loss, (chunk, *weights))
+            for summed, part in zip(of_weights, parts, strict=True):
+                summed += part
+            total += loss.detach()
+        of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
+        ctx.save_for_backward(of_hidden, *of_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor) -> tuple:
+        of_hidden, *of_weights = (g.mul_(scale) for g in ctx.saved_tensors)
+        return of_hidden, None, None, *of_weights
