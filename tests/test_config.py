@@ -73,6 +73,12 @@ def test_negative(make, field):
     make(**{field: proposal(message)})
 
 
+def test_chunked_loss_in_float16(make):
+    half = {"dtype": "float16"}
+    message = refuse_field(make, "loss_chunk_tokens", 512, "dtype='float16'", **half)
+    make(loss_chunk_tokens=proposal(message), **half)
+
+
 @pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "max_grad_norm"])
 def test_not_a_number(make, field):
     message = refuse_field(make, field, float("nan"), "must")

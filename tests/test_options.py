@@ -57,7 +57,8 @@ def plain(tmp_path_factory):
 
 
 def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
-    autocast, half = replace(plain, autocast=True), replace(plain, dtype="bfloat16")
+    half = replace(plain, dtype="bfloat16")
+    autocast = replace(plain, autocast=True, loss_chunk_tokens=24)
     for answers in pools(4, "fsdp").run(train, "fsdp", [plain, autocast, half]):
         (exact, _, sent), (got, weights, sent_too), (rounded, _, sent_half) = answers
         torch.testing.assert_close(got, exact, rtol=2e-2, atol=0)
@@ -72,6 +73,7 @@ def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
 def test_compiled_equals_plain(engine, plain, pools):
     plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
     again = replace(plain, activation_checkpointing=True, compile=True)
+    again = replace(again, loss_chunk_tokens=24)
     for expected, got in pools(2, engine).run(train, engine, [plain, again]):
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
         for weight, other in zip(got[1], expected[1], strict=True):
@@ -114,6 +116,11 @@ def test_deterministic_trains_the_same(engine, plain, pools):
             "autocast=True must be combined with bf",
         ),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
+        (
+            autotp,
+            {"loss_chunk_tokens": 8, "zero_stage": 3},
+            "loss_chunk_tokens=8 cannot be combined with zero_stage=3",
+        ),
         (autotp, {"dp_replicate_size": 2}, "dp_replicate_size=2 must be left to FSDP2"),
         (autotp, {"async_checkpoint": True}, "async_checkpoint=True must be left to"),
     ],

@@ -65,6 +65,12 @@ def check_precision(config: TrainConfig) -> None:
             "nonfinite='skip' cannot be combined with zero_stage=0, which updates "
             "before it looks; try zero_stage=1"
         )
+    if config.loss_chunk_tokens and config.zero_stage == 3:
+        raise ConfigError(
+            f"loss_chunk_tokens={config.loss_chunk_tokens} cannot be combined with "
+            "zero_stage=3, which frees the head's weights before their gradient is "
+            "computed; try zero_stage=2"
+        )
     convertible = config.optimizer == "adamw" and config.zero_stage > 0
     if config.min_dp_size and not convertible:
         raise ConfigError(
