@@ -98,7 +98,7 @@ def case(run: Run, engine: str, config, options: argparse.Namespace) -> list[str
     predicted = "-"
     if engine != "minimal" and not options.no_prediction:
         held = dryrun.predict(engine, config)
-        predicted = dryrun.size(sum(held[name] for name in dryrun.HELD))
+        predicted = dryrun.size(dryrun.peak(held))
     step = sizes.build(engine, config, run.mesh)
     [batch] = batches(run, config, 1)
     took = measure(step, batch, options.seconds)

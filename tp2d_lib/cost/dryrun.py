@@ -26,6 +26,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, memory
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
+PHASES = ("forward", "backward", "update")
 CAUSAL = "tp2d_causal"  # attention without a mask, which would otherwise be built
 
 
@@ -41,9 +42,10 @@ def predict(engine: str, config: TrainConfig) -> dict[str, int]:
         config: ``device`` must be decided, because it decides the compute type.
 
     Returns:
-        Bytes of ``parameters``, ``gradients``, ``optimizer`` and ``activations``; bytes
-        sent over ``tp`` and ``dp``, and the part of the latter that ``dp_replicate``
-        is; ``model``, the number of parameters in the model.
+        Bytes of ``parameters``, ``gradients``, ``optimizer`` and ``activations``; the
+        peaks of ``forward``, ``backward`` and ``update`` once there is optimizer state;
+        bytes sent over ``tp`` and ``dp``, and the part of the latter that
+        ``dp_replicate`` is; ``model``, the number of parameters in the model.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as process:
         return process.submit(simulate, engine, config).result()
@@ -58,18 +60,18 @@ def report(
     lines = [f"{len(ranks.flatten())} ranks on {config.device}", " " * 7 + columns]
     for dp, row in enumerate(ranks.tolist()):
         lines.append(f"{f'dp {dp}':>7}" + "".join(f"{rank:>7}" for rank in row))
-    held = {name: predicted[name] for name in HELD}
     tokens = config.batch_size_per_gpu * config.seq_length
     steps = rows.steps_left
     return "\n".join(
         [
             *lines,
             f"parameters in the model: {predicted['model']:,}",
-            "one rank holds at most",
-            *(f"  {name:<12}{size(count):>10}" for name, count in held.items()),
-            f"  {'total':<12}{size(sum(held.values())):>10}",
-            f"  activations of a micro-batch of {tokens:,} tokens; not counted: "
-            "gathered weights, communication buffers, the allocator's reserve",
+            "one rank holds",
+            *(f"  {name:<12}{size(predicted[name]):>10}" for name in HELD),
+            f"  activations from forward to backward, of {tokens:,} tokens",
+            "and at its peak, with gathered weights, logits and buffers, in",
+            *(f"  {name:<12}{size(predicted[name]):>10}" for name in PHASES),
+            "  not counted: the allocator's reserve, CUDA's and NCCL's own memory",
             traffic(config, predicted),
             f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
             f"{int(rows.lengths.sum()):,} tokens without padding",
@@ -78,6 +80,11 @@ def report(
             *held_out(config),
         ]
     )
+
+
+def peak(predicted: dict[str, int]) -> int:
+    """The most bytes that exist on a rank at once."""
+    return max(predicted[phase] for phase in PHASES)
 
 
 def traffic(config: TrainConfig, predicted: dict[str, int]) -> str:
@@ -121,7 +128,9 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
             "fsdp": (fake_fsdp, memory.fsdp_rank_bytes),
             "autotp": (fake_autotp, memory.autotp_rank_bytes),
         }[engine]
-        built = build(config, grid, stack)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        live = memory.LiveBytes(fake)  # entered last, it sees every operator first
+        built = build(config, grid, stack, (fake, FakeNumbers(), live))
         if built.model.config._attn_implementation == "sdpa":
             attend_without_mask(built.model)
         built.gradients_checked = True  # exclude a collective of the first step only
@@ -129,12 +138,15 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
         batch = [micro | {"labels": micro["input_ids"]}]
         batch *= config.gradient_accumulation_steps
-        sent = stack.enter_context(comm.CommBytes(grid, built.model))
-        kept = stack.enter_context(memory.Activations(built.model))
+        live.model = built.model
         held = rank_bytes(built, batch)
+        sent = stack.enter_context(comm.CommBytes(grid, built.model))
+        live.most.clear()  # the first step began without optimizer state
+        built.step(batch)
     full = models.build_empty_model(config)
     return held | {
-        "activations": kept.bytes,
+        "activations": live.activations,
+        **{phase: live.most[phase] for phase in PHASES},
         "tp": sent.sent("tp"),
         "dp": sent.sent(*comm.DP),
         "dp_replicate": sent.sent("dp_replicate"),
@@ -142,17 +154,18 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
     }
 
 
-def fake_fsdp(config: TrainConfig, grid, stack: ExitStack):
+def fake_fsdp(config: TrainConfig, grid, stack: ExitStack, modes: tuple):
     from tp2d_lib import fsdp  # here, as below: import only the engine used
 
     def load(model, config, device):
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for mode in modes:
+            stack.enter_context(mode)
         model.to_empty(device=device)
 
     return fsdp.build_engine(config, grid, load=load)
 
 
-def fake_autotp(config: TrainConfig, grid, stack: ExitStack):
+def fake_autotp(config: TrainConfig, grid, stack: ExitStack, modes: tuple):
     from tp2d_lib import autotp
     from tp2d_lib.autotp.engine import init_deepspeed
 
@@ -163,8 +176,8 @@ def fake_autotp(config: TrainConfig, grid, stack: ExitStack):
         model = models.build_empty_model(
             replace(config, activation_checkpointing=False)
         )
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(FakeNumbers())
+        for mode in modes:
+            stack.enter_context(mode)
         model.to_empty(device="cpu").tie_weights()
         model.to = lambda *_, **__: model  # fake weights cannot be replaced
         return model

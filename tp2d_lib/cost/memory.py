@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import weakref
+from collections import Counter
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+
+# Both are documented under these names; there are no public ones.
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as every_module
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tp2d_lib.cost.comm import tensors
 
 
 def fsdp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
@@ -35,52 +42,90 @@ def local(values) -> list[torch.Tensor]:
     return [v.to_local() if isinstance(v, DTensor) else v for v in values]
 
 
-class Activations:
-    """Bytes that autograd keeps from a model's forward for its backward.
+class LiveBytes(TorchDispatchMode):
+    """Follow the bytes of all tensors that operators have made and that still exist.
 
-    Use ``with Activations(model) as kept: step()``; ``kept.bytes`` is then that of the
-    last micro-batch. It counts neither weights, gathered ones included, nor what
-    backward itself needs in addition, such as a layer that it recomputes.
+    Enter it before the model is built, and assign ``model`` after that. ``most`` is the
+    largest total of each phase: "forward", "backward" with clipping, and "update", from
+    when the optimizer starts. ``activations`` is by how much the last forward
+    raised the total: what autograd keeps, and weights that stay gathered. What an
+    operator frees before it returns is not seen.
+
+    Args:
+        fake_mode: of the tensors to count, if these are not real, and already entered.
+            DTensor enters it again, or another, for tensors of the full shape, with
+            which it finds out what an operator returns; those are not counted.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.bytes = model, 0
-        # Storages are kept alive, so that no other reuses the address of one.
-        self.saved: dict[int, torch.UntypedStorage] = {}
-        self.weights: dict[int, torch.UntypedStorage] = {}
+    def __init__(self, fake_mode: FakeTensorMode | None = None):
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.sizes: dict[int, int] = {}  # of storages, by their address
+        self.total, self.activations, self.model = 0, 0, None
+        self.phase, self.most = "build", Counter()
 
-    def __enter__(self) -> Activations:
-        self.stack = ExitStack()
-        for handle in (
-            every_module.register_module_forward_pre_hook(self.before),
-            every_module.register_module_forward_hook(self.after),
-        ):
-            self.stack.callback(handle.remove)
-        self.stack.enter_context(saved_tensors_hooks(self.save, lambda tensor: tensor))
-        return self
+    def __enter__(self) -> LiveBytes:
+        self.hooks = [
+            every_module.register_module_forward_pre_hook(self.before_forward),
+            every_module.register_module_forward_hook(self.after_forward),
+            register_optimizer_step_pre_hook(self.before_update),
+        ]
+        self.resize = resize = torch.UntypedStorage.resize_
 
-    def __exit__(self, *_) -> None:
-        self.stack.close()
-        self.saved.clear()
-        self.weights.clear()
+        def resize_and_count(storage, size):  # how FSDP2 frees what it has gathered
+            resize(storage, size)
+            if storage._cdata in self.sizes:
+                self.count(storage)
 
-    def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = local([tensor])[0].untyped_storage()
-        self.saved[storage._cdata] = storage
-        return tensor
+        torch.UntypedStorage.resize_ = resize_and_count
+        return super().__enter__()
 
-    def before(self, module: nn.Module, _) -> None:
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self.resize
+        for hook in self.hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # called again with what the wrapper holds
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as a real one does; a fake one makes a new tensor
+        if self.fake_mode is None or len(self.fake_mode.enter_stack) == 1:
+            for value in tensors(out):
+                own = getattr(value, "fake_mode", None) is self.fake_mode
+                empty = value.device.type == "meta" or is_wrapper(type(value))
+                if own and not empty:
+                    self.count(value.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = 0
+            weakref.finalize(storage, self.freed, storage._cdata)
+        self.total += storage.nbytes() - self.sizes[storage._cdata]
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.most[self.phase] = max(self.most[self.phase], self.total)
+
+    def freed(self, address: int) -> None:
+        self.total -= self.sizes.pop(address)
+
+    def before_forward(self, module: nn.Module, _) -> None:
         if module is self.model:
-            self.saved.clear()
+            self.phase, self.start = "forward", self.total
 
-    def after(self, module: nn.Module, *_) -> None:
-        for weight in local(module.parameters(recurse=False)):  # gathered at this point
-            storage = weight.untyped_storage()
-            self.weights[storage._cdata] = storage
+    def after_forward(self, module: nn.Module, *_) -> None:
         if module is self.model:
-            kept = self.saved.keys() - self.weights.keys()
-            self.bytes = sum(self.saved[key].nbytes() for key in kept)
-            self.saved.clear()
+            self.phase, self.activations = "backward", self.total - self.start
+
+    def before_update(self, *_) -> None:
+        self.phase = "update"
+
+
+def is_wrapper(kind: type) -> bool:
+    """Whether tensors of this type, such as DTensor, have no memory of their own."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def autotp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:

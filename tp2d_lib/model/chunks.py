@@ -55,10 +55,10 @@ def compute_loss_in_chunks(
     whole, decoder = model.forward, model.get_decoder()
 
     def loss_of(hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor):
-        with decoder_returns(model, hidden.contiguous()):  # labels only make it compute a loss
-            loss = whole(
-                labels=labels, shift_labels=labels, num_items_in_batch=valid
-            ).loss
+        # It uses the shifted labels; others only make it compute a loss.
+        targets = {"labels": labels, "shift_labels": labels}
+        with decoder_returns(model, hidden.contiguous()):
+            loss = whole(**targets, num_items_in_batch=valid).loss
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def forward(labels=None, num_items_in_batch=None, **inputs):
@@ -98,14 +98,18 @@ def decoder_returns(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
 
 
 class LossInChunks(torch.autograd.Function):
-    """The sum of the chunks' losses; each chunk's gradient at once, in the forward pass.
+    """The sum of the chunks' losses, each with its gradient before the next.
 
     So the logits of one chunk exist at a time, and none is computed twice.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, loss_of: Callable, chunks: list, *weights: nn.Parameter
+        ctx,
+        hidden: torch.Tensor,
+        loss_of: Callable,
+        chunks: list,
+        *weights: nn.Parameter,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
