@@ -37,7 +37,8 @@ def train(engine, configs):
     mesh = the_mesh(configs[0].dp_size, configs[0].tp_size)
     for config in configs:
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
-        batches = share_of(make_steps(*VARIANT[:2]), mesh, config.batch_size_per_gpu)
+        steps = make_steps(VARIANT[0], config.gradient_accumulation_steps)
+        batches = share_of(steps, mesh, config.batch_size_per_gpu)
         counted = CommBytes(mesh)  # a compiled function would be compiled with it
         with nullcontext() if config.compile else counted:
             trained = [tuple(map(float, built.step(batch))) for batch in batches]
@@ -66,6 +67,20 @@ def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
         assert got != rounded
         assert all(weight.dtype == torch.float32 for weight in weights)
         assert sent_too == sent > sent_half
+
+
+def test_fewer_bytes_for_the_same_steps(plain, pools):
+    """Of two micro-batches: weights gathered four times, twice, then once."""
+    usual = replace(plain, gradient_accumulation_steps=2)
+    kept = replace(usual, reshard_after_forward=False)
+    once = replace(kept, sync_each_batch=False)
+    for answers in pools(4, "fsdp").run(train, "fsdp", [usual, kept, once]):
+        (steps, weights, sent), (_, _, sent_kept), (_, _, sent_once) = answers
+        for got, trained, _ in answers[1:]:
+            torch.testing.assert_close(got, steps, rtol=1e-5, atol=0)
+            torch.testing.assert_close(trained, weights, rtol=0, atol=1e-5)
+        assert sent_kept < 0.8 * sent  # the head's are gathered once anyway
+        assert sent_once == pytest.approx(sent_kept / 2, rel=0.01)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
@@ -115,6 +130,7 @@ def test_deterministic_trains_the_same(engine, plain, pools):
             {"autocast": True, "dtype": "float32"},
             "autocast=True must be combined with bf",
         ),
+        (autotp, {"sync_each_batch": False}, "sync_each_batch=False must be left to"),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
         (
             autotp,

@@ -150,7 +150,16 @@ class TrainConfig:
     activation_checkpointing: bool = setting(
         False, "recompute each layer in backward instead of storing its activations"
     )
-
+    reshard_after_forward: bool = setting(
+        True,
+        "FSDP2: free a layer's gathered weights after forward, to gather them again for "
+        "backward; without it weights are sent once, and each rank holds all of them",
+    )
+    sync_each_batch: bool = setting(
+        True,
+        "FSDP2: reduce the gradient of each micro-batch; without it only their sum is "
+        "sent, and each rank holds all gradients meanwhile",
+    )
     loss_chunk_tokens: int | None = setting(
         None,
         "tokens whose logits exist at once, in head and loss; 0: those of a whole "

@@ -27,6 +27,16 @@ CASES = {  # engine, model, (tp_size, dp_size), settings
         (1, 4),
         {"dp_replicate_size": 2, "gradient_accumulation_steps": 2},
     ),
+    "fsdp-gathered": (
+        "fsdp",
+        "llama",
+        (1, 4),
+        {
+            "gradient_accumulation_steps": 2,
+            "reshard_after_forward": False,
+            "sync_each_batch": False,
+        },
+    ),
     "zero-0": ("autotp", "qwen3", (2, 2), {"zero_stage": 0}),
     "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16"}),
     "zero-2": (

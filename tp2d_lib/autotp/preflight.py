@@ -50,9 +50,17 @@ def check_precision(config: TrainConfig) -> None:
     Raises:
         ConfigError: a precision that the ZeRO stage or the hardware does not allow.
     """
-    for name in ("autocast", "async_checkpoint"):
-        if getattr(config, name):
-            raise ConfigError(f"{name}=True must be left to FSDP2; try {name}=False")
+    only_fsdp = {
+        "autocast": False,
+        "async_checkpoint": False,
+        "reshard_after_forward": True,
+        "sync_each_batch": True,
+    }
+    for name, default in only_fsdp.items():
+        if (value := getattr(config, name)) != default:
+            raise ConfigError(
+                f"{name}={value} must be left to FSDP2; try {name}={default}"
+            )
     if config.dp_replicate_size > 1:
         # DeepSpeed 0.19.8 forms those groups of neighbouring world ranks, and no MiCS.
         raise ConfigError(

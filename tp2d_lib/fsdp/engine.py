@@ -48,7 +48,10 @@ def train_step(
     dp = engine.mesh["dp"]
     valid = valid_tokens(batch).to(engine.device)
     dist.all_reduce(valid, group=dp.get_group())  # over the global batch
-    loss = sum(forward_backward(engine, micro, valid) for micro in batch)
+    loss = torch.zeros((), device=engine.device)
+    for number, micro in enumerate(batch, start=1):
+        engine.set_communication(is_last=number == len(batch))
+        loss += forward_backward(engine, micro, valid)
     engine.share = loss.clone()  # to name this dp rank if it is not finite
     dist.all_reduce(loss, group=dp.get_group())
     engine.check_first_gradients()
@@ -114,6 +117,8 @@ def build_engine(
     model = models.build_empty_model(config)
     check_attention(model, config)
     model = parallelize(model, split_dp(mesh, config.dp_replicate_size), gathered)
+    if not config.reshard_after_forward:
+        model.set_reshard_after_forward(False)
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
@@ -136,6 +141,13 @@ class FSDPEngine:
         self.notice = models.pick_dtype(config, device.type)[1]
         self.gradients_checked = False
         self.writing: Future | None = None
+
+    def set_communication(self, is_last: bool) -> None:
+        """Choose what a micro-batch sends; nothing, perhaps, before the last one."""
+        if not self.config.sync_each_batch:
+            self.model.set_requires_gradient_sync(is_last)
+            if not self.config.reshard_after_forward:
+                self.model.set_reshard_after_backward(is_last)
 
     def check_first_gradients(self) -> None:
         """On the first step, compare replicated gradients across the tp ranks."""

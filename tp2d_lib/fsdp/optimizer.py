@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from math import prod
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,14 +24,15 @@ def global_grad_norm(model: nn.Module) -> torch.Tensor:
 
     Each rank sums the squares of its shards; one that n ranks hold counts 1 / n.
     """
-    total = 0
+    held_by = defaultdict(list)  # so many ranks each
     for parameter in model.parameters():
         gradient = parameter.grad
-        copies = 1
-        for size, placement in zip(
-            gradient.device_mesh.shape, gradient.placements, strict=True
-        ):
-            copies *= size if placement.is_replicate() else 1
-        total += gradient.to_local().square().sum() / copies
+        sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+        copies = prod(size for size, where in sizes if where.is_replicate())
+        held_by[copies].append(gradient.to_local())
+    total = sum(
+        nn.utils.get_total_norm(shards).square() / copies
+        for copies, shards in held_by.items()
+    )
     dist.all_reduce(total)
     return total.sqrt()

@@ -113,10 +113,17 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard every parameter again over the dp ranks, to be gathered layer by layer."""
+    """Shard every parameter again over the dp ranks, to be gathered layer by layer.
+
+    The head's, which backward needs first, stay gathered after forward. So would the
+    embedding's, if it had no group of its own.
+    """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    embedding = model.get_input_embeddings()
+    if model.get_output_embeddings().weight is not embedding.weight:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
