@@ -152,7 +152,7 @@ class TrainConfig:
     )
     reshard_after_forward: bool = setting(
         True,
-        "FSDP2: free a layer's gathered weights after forward, to gather them again for "
+        "FSDP2: free a layer's gathered weights after forward and gather them again in "
         "backward; without it weights are sent once, and each rank holds all of them",
     )
     sync_each_batch: bool = setting(

@@ -22,7 +22,7 @@ from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
 from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
 from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.preflight import check_precision
-from tp2d_lib.autotp.zero import deepspeed_config, shards_vocabulary
+from tp2d_lib.autotp.zero import deepspeed_config, describe, shards_vocabulary
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
@@ -159,7 +159,8 @@ class AutoTPEngine:
         self.model, self.optimizer = wrapped.module, wrapped.optimizer
         self.device = wrapped.device
         self.step = partial(train_step, self)
-        self.notice = f"{models.pick_dtype(config, mesh.device_type)[1]}; {description}"
+        _, dtype = models.pick_dtype(config, mesh.device_type)
+        self.notice = f"{dtype}; {description}{describe(config)}"
         self.gradients_checked = False
 
     def check_first_gradients(self) -> None:

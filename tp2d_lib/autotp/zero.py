@@ -45,5 +45,17 @@ def deepspeed_config(config: TrainConfig) -> dict:
     }
 
 
+def describe(config: TrainConfig) -> str:
+    """What the stage costs with DeepSpeed 0.19.8's optimizer for bfloat16."""
+    dtype, _ = pick_dtype(config, device_type(config))
+    masters = not config.bf16_master_weights
+    if config.zero_stage == 1 and dtype == torch.bfloat16 and masters:
+        return (
+            "; zero_stage=1 in bfloat16 reduces the whole float32 gradient after "
+            "backward, zero_stage=2 during it, and keeps only a share"
+        )
+    return ""
+
+
 def shards_vocabulary(config: TrainConfig) -> bool:
     return config.tp_size > 1 and config.vocab_parallel_lm_head
