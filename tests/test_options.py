@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import traceback
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.models import write_model
 from tests.support.parity import make_config, make_steps, share_of
@@ -81,6 +83,47 @@ def test_fewer_bytes_for_the_same_steps(plain, pools):
             torch.testing.assert_close(trained, weights, rtol=0, atol=1e-5)
         assert sent_kept < 0.8 * sent  # the head's are gathered once anyway
         assert sent_once == pytest.approx(sent_kept / 2, rel=0.01)
+
+
+class Reads(TorchDispatchMode):
+    """Files that read a tensor's numbers, for which a host waits for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.files = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):
+            frames = [frame.filename for frame in traceback.extract_stack()[:-1]]
+            self.files.append([name for name in frames if "/torch/" not in name][-1])
+        return func(*args, **(kwargs or {}))
+
+
+def count_reads(engine, config):
+    """Run by every rank: the files that read numbers in a later step."""
+    from importlib import import_module
+
+    mesh = the_mesh(config.dp_size, config.tp_size)
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    first, *later = share_of(make_steps(*VARIANT[:2]), mesh, config.batch_size_per_gpu)
+    built.step(first)  # compares gradients
+    with Reads() as reads:
+        for batch in later:
+            built.step(batch)
+    return reads.files
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_no_step_waits_for_the_device(engine, plain, pools):
+    """DeepSpeed reads whether a target is outside the vocabulary, and its norm."""
+    plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
+    for files in pools(2, engine).run(count_reads, engine, plain):
+        ours = [file for file in files if "/deepspeed/" not in file]
+        assert not ours
+        assert bool(files) == (engine == "autotp")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")

@@ -28,6 +28,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism, weights
+from tp2d_lib.model.attention import attend_causally
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import (
     check_replicated_gradients,
@@ -44,21 +45,21 @@ def train_step(
     Returns the loss, a mean over the valid tokens of the global batch, and the gradient
     norm before clipping: 0-d tensors, the same on every rank.
     """
-    dp, wrapped = engine.mesh["dp"], engine.wrapped
+    dp_group, wrapped = engine.mesh.get_group("dp"), engine.wrapped
     valid = valid_tokens(batch).to(engine.device)
-    dist.all_reduce(valid, group=dp.get_group())  # over the global batch
+    dist.all_reduce(valid, group=dp_group)  # over the global batch
     total = torch.zeros((), device=engine.device)
     for micro in batch:
         loss = forward(engine, micro, valid)
         total += loss.detach()
         # DeepSpeed averages over dp and micro-batches; we need the sum.
-        wrapped.backward(loss * dp.size() * len(batch))
+        wrapped.backward(loss * engine.config.dp_size * len(batch))
         if wrapped.is_gradient_accumulation_boundary():
             engine.check_first_gradients()
             norm = plain_grad_norm(engine)
         wrapped.step()  # clips and updates after the last micro-batch
     engine.share = total.clone()  # to name this dp rank if it is not finite
-    dist.all_reduce(total, group=dp.get_group())
+    dist.all_reduce(total, group=dp_group)
     if norm is None:  # a number after an overflow, when DeepSpeed skips the update
         norm = torch.as_tensor(wrapped.get_global_grad_norm(), device=engine.device)
     return total, norm
@@ -109,6 +110,7 @@ def build_engine(
     torch.manual_seed(config.seed + mesh["dp"].get_local_rank())
     init_deepspeed(mesh)
     model = load(config)
+    attend_causally(model, config)
     source = partition.check(model, config)
     description = partition.describe(source, config)
     expected = None if source == partition.PUBLISHED else probe(model)

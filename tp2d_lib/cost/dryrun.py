@@ -17,17 +17,15 @@ import torch.distributed as dist
 # Both are documented under these names; there are no public ones.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tp2d_lib import data, mesh
 from tp2d_lib import model as models
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, memory
+from tp2d_lib.model.attention import attend_without_mask
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
 PHASES = ("forward", "backward", "update")
-CAUSAL = "tp2d_causal"  # attention without a mask, which would otherwise be built
 
 
 def predict(engine: str, config: TrainConfig) -> dict[str, int]:
@@ -132,7 +130,9 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         live = memory.LiveBytes(fake)  # entered last, it sees every operator first
         built = build(config, grid, stack, (fake, FakeNumbers(), live))
         if built.model.config._attn_implementation == "sdpa":
-            attend_without_mask(built.model)
+            attend_without_mask(
+                built.model
+            )  # a mask depends on numbers, fake ones here
         built.gradients_checked = True  # exclude a collective of the first step only
         shape = (config.batch_size_per_gpu, config.seq_length)
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
@@ -211,10 +211,3 @@ class FakeNumbers(TorchDispatchMode):
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else 0
         return func(*args, **(kwargs or {}))
-
-
-def attend_without_mask(model) -> None:
-    """Attend as in a real run, which builds no mask where it would be only causal."""
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
-    model.set_attn_implementation(CAUSAL)

@@ -31,6 +31,7 @@ from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
 from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, weights
+from tp2d_lib.model.attention import attend_causally
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 
@@ -45,15 +46,15 @@ def train_step(
     Returns the loss, a mean over the valid tokens of the global batch, and the gradient
     norm before clipping: 0-d tensors, the same on every rank.
     """
-    dp = engine.mesh["dp"]
+    dp_group = engine.mesh.get_group("dp")
     valid = valid_tokens(batch).to(engine.device)
-    dist.all_reduce(valid, group=dp.get_group())  # over the global batch
+    dist.all_reduce(valid, group=dp_group)  # over the global batch
     loss = torch.zeros((), device=engine.device)
     for number, micro in enumerate(batch, start=1):
         engine.set_communication(is_last=number == len(batch))
         loss += forward_backward(engine, micro, valid)
     engine.share = loss.clone()  # to name this dp rank if it is not finite
-    dist.all_reduce(loss, group=dp.get_group())
+    dist.all_reduce(loss, group=dp_group)
     engine.check_first_gradients()
     grad_norm = global_grad_norm(engine.model)
     nn.utils.clip_grads_with_norm_(
@@ -69,7 +70,7 @@ def forward_backward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
     """Accumulate a micro-batch's gradient; returns this dp rank's share of the loss."""
-    tp_size, dp_size = engine.mesh["tp"].size(), engine.mesh["dp"].size()
+    tp_size, dp_size = engine.config.tp_size, engine.config.dp_size
     with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
         loss = forward(engine, micro, valid)
         (loss * dp_size).backward()  # FSDP averages over dp; we need the sum
@@ -116,6 +117,7 @@ def build_engine(
     gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
     check_attention(model, config)
+    attend_causally(model, config)
     model = parallelize(model, split_dp(mesh, config.dp_replicate_size), gathered)
     if not config.reshard_after_forward:
         model.set_reshard_after_forward(False)
