@@ -1,8 +1,12 @@
-"""Is it still the same process? A PID alone does not tell: it is used again."""
+"""What Linux says of processes: which one has a PID, and how much memory this one has.
+
+A PID alone does not tell whether it is still the same process: it is used again.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -23,3 +27,17 @@ def started(pid: int) -> str | None:
         return None
     state, *others = stat.rpartition(")")[2].split()
     return None if state in "ZX" else others[18]
+
+
+def resident_bytes(kind: str) -> int:
+    """Memory of this process, of a kind in Linux's ``/proc/self/status``.
+
+    ``RssAnon`` is that of no file, ``RssFile`` that of mapped files, ``VmHWM`` the peak
+    of both together.
+
+    Raises:
+        OSError: there is no such file; not on Linux.
+    """
+    status = Path("/proc/self/status").read_text()
+    [kilobytes] = re.findall(rf"^{kind}:\s+(\d+) kB$", status, re.M)
+    return int(kilobytes) * 1024

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -15,14 +14,9 @@ from scripts.benchmarks.harness import Table, alternate, processes
 from scripts.benchmarks.training import bench_config
 from tp2d_lib.fsdp import build_engine
 from tp2d_lib.mesh import build_mesh
+from tp2d_lib.processes import resident_bytes
 
-STATUS = Path("/proc/self/status")
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process that are not backed by a file."""
-    [line] = [line for line in STATUS.read_text().splitlines() if "RssAnon" in line]
-    return int(line.split()[1]) * 1024
+anonymous_memory = partial(resident_bytes, "RssAnon")
 
 
 @contextmanager

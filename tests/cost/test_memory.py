@@ -1,7 +1,6 @@
 """The predicted peak is the memory that the operating system gives a rank."""
 
 import ctypes
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from tests.support.models import write_model
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import dryrun
+from tp2d_lib.processes import resident_bytes
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SIZES = {
@@ -20,11 +20,6 @@ SIZES = {
     "vocab_size": 32_768,
     "max_position_embeddings": 512,
 }
-
-
-def resident(name: str) -> int:
-    [line] = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(line) * 1024
 
 
 def peak_of_a_step(engine, tiny, config):
@@ -43,14 +38,14 @@ def peak_of_a_step(engine, tiny, config):
     libc.mallopt(M_MMAP_THRESHOLD, 65_536)  # what is freed goes back at once
     build(tiny, mesh).step(batch)
     libc.malloc_trim(0)
-    before = resident("RssAnon")
+    before = resident_bytes("RssAnon")
     built = build(config, mesh)
     built.step(batch)
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     built.step(batch)
     # Without pages of files, such as the weights', which the kernel can drop.
-    return resident("VmHWM") - resident("RssFile") - before
+    return resident_bytes("VmHWM") - resident_bytes("RssFile") - before
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.demo import GLOBAL_BATCH, make_config
 from tests.support.models import write_model
 from tp2d_lib import data
+from tp2d_lib.processes import resident_bytes
 
 
 def train(config, load, position, steps, save):
@@ -148,12 +150,7 @@ def test_export_returns_what_was_loaded(
     assert not (tmp_path / "export" / "sharded").exists()
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that is not a mapped file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon")
+anonymous_bytes = partial(resident_bytes, "RssAnon")  # not of a mapped file
 
 
 def peak_while_building(config):

@@ -1,5 +1,10 @@
 """The figures that a run logs."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
@@ -48,3 +53,16 @@ def test_flops_count_what_multiplies(kind, tied):
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_peak_is_not_that_of_the_parent():
+    code = (
+        "import torch; from tp2d_lib.monitor.metrics import peak_memory; "
+        "print(peak_memory(torch.device('cpu')))"
+    )
+    large = np.ones(2**27)  # 1 GiB
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True
+    )
+    assert int(child.stdout) < large.nbytes

@@ -20,6 +20,7 @@ from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.monitor import health
+from tp2d_lib.processes import resident_bytes
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets. The first whose
 # words are all in a GPU's name; without PCIe or NVL it is one on an SXM board.
@@ -71,8 +72,9 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory of this rank in bytes: on the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident_bytes("VmHWM")  # ru_maxrss may be that of the parent
 
 
 class Metrics:
