@@ -15,6 +15,7 @@ from tests.support.models import write_model
 from tests.support.parity import make_config, make_steps, share_of
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError
+from tp2d_lib.cost.comm import is_wrapper
 from tp2d_lib.model import determinism
 
 VARIANT = ("padded", 1, "sgd")
@@ -93,7 +94,7 @@ class Reads(TorchDispatchMode):
         self.files = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if any(map(is_wrapper, types)):
             return NotImplemented
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):

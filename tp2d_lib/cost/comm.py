@@ -42,8 +42,8 @@ class CommBytes(TorchDispatchMode):
         self.rows = defaultdict(lambda: [0, 0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # called again with the local tensors
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # called again with what the wrapper holds
         out = func(*args, **(kwargs or {}))
         if kind := collective(func):
             name, size = self.group_of(args)
@@ -81,6 +81,11 @@ def collective(func) -> str | None:
         if kind.replace("_", "") in name:
             return kind
     return None
+
+
+def is_wrapper(kind: type) -> bool:
+    """Whether tensors of this type, such as DTensor, have no memory of their own."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def tensors(value) -> list[torch.Tensor]:

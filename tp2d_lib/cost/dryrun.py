@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -66,8 +67,8 @@ def report(
             f"parameters in the model: {predicted['model']:,}",
             "one rank holds",
             *(f"  {name:<12}{size(predicted[name]):>10}" for name in HELD),
-            f"  activations from forward to backward, of {tokens:,} tokens",
-            "and at its peak, with gathered weights, logits and buffers, in",
+            f"  activations are those of a micro-batch of {tokens:,} tokens",
+            "peak of each phase, with gathered weights, logits and buffers",
             *(f"  {name:<12}{size(predicted[name]):>10}" for name in PHASES),
             "  not counted: the allocator's reserve, CUDA's and NCCL's own memory",
             traffic(config, predicted),
@@ -128,11 +129,14 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         }[engine]
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         live = memory.LiveBytes(fake)  # entered last, it sees every operator first
-        built = build(config, grid, stack, (fake, FakeNumbers(), live))
-        if built.model.config._attn_implementation == "sdpa":
-            attend_without_mask(
-                built.model
-            )  # a mask depends on numbers, fake ones here
+
+        def enter_modes():
+            for mode in (fake, FakeNumbers(), live):
+                stack.enter_context(mode)
+
+        built = build(config, grid, enter_modes)
+        if built.model.config._attn_implementation == "sdpa":  # for sliding windows
+            attend_without_mask(built.model)  # fake numbers make no mask
         built.gradients_checked = True  # exclude a collective of the first step only
         shape = (config.batch_size_per_gpu, config.seq_length)
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
@@ -154,18 +158,17 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
     }
 
 
-def fake_fsdp(config: TrainConfig, grid, stack: ExitStack, modes: tuple):
+def fake_fsdp(config: TrainConfig, grid, enter_modes: Callable):
     from tp2d_lib import fsdp  # here, as below: import only the engine used
 
     def load(model, config, device):
-        for mode in modes:
-            stack.enter_context(mode)
+        enter_modes()
         model.to_empty(device=device)
 
     return fsdp.build_engine(config, grid, load=load)
 
 
-def fake_autotp(config: TrainConfig, grid, stack: ExitStack, modes: tuple):
+def fake_autotp(config: TrainConfig, grid, enter_modes: Callable):
     from tp2d_lib import autotp
     from tp2d_lib.autotp.engine import init_deepspeed
 
@@ -176,8 +179,7 @@ def fake_autotp(config: TrainConfig, grid, stack: ExitStack, modes: tuple):
         model = models.build_empty_model(
             replace(config, activation_checkpointing=False)
         )
-        for mode in modes:
-            stack.enter_context(mode)
+        enter_modes()
         model.to_empty(device="cpu").tie_weights()
         model.to = lambda *_, **__: model  # fake weights cannot be replaced
         return model

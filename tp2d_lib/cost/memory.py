@@ -7,15 +7,13 @@ from collections import Counter
 
 import torch
 from torch import nn
-
-# Both are documented under these names; there are no public ones.
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # no public name, as below
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as every_module
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tp2d_lib.cost.comm import tensors
+from tp2d_lib.cost.comm import is_wrapper, tensors
 
 
 def fsdp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:
@@ -121,11 +119,6 @@ class LiveBytes(TorchDispatchMode):
 
     def before_update(self, *_) -> None:
         self.phase = "update"
-
-
-def is_wrapper(kind: type) -> bool:
-    """Whether tensors of this type, such as DTensor, have no memory of their own."""
-    return hasattr(kind, "__tensor_flatten__")
 
 
 def autotp_rank_bytes(engine, batch: list[dict]) -> dict[str, int]:

@@ -11,8 +11,7 @@ import torch
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data.rows import check_prepared, prepare
-
-IGNORED = -100  # label of a position that does not count, as in torch and transformers
+from tp2d_lib.model.chunks import IGNORED
 
 
 class BatchLoader:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from tp2d_lib.config import TrainConfig
 
 MANY = 2**27  # logits on a rank, from which on they are computed in chunks by default
 CHUNK = 1024  # tokens in one of those: enough to keep a GPU's matrix units busy
-IGNORED = -100  # label of a position without a next token
+IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
 
 def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
@@ -54,7 +55,7 @@ def compute_loss_in_chunks(
         return
     whole, decoder = model.forward, model.get_decoder()
 
-    def loss_of(hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor):
+    def compute_loss(hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor):
         # It uses the shifted labels; others only make it compute a loss.
         targets = {"labels": labels, "shift_labels": labels}
         with decoder_returns(model, hidden.contiguous()):
@@ -70,16 +71,14 @@ def compute_loss_in_chunks(
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         labels = labels.view(rows, sequence_shards, positions)
         width = max(chunk // (rows * sequence_shards), 1)
-        chunks = [
-            (at, labels[..., at].flatten(1).contiguous(), num_items_in_batch)
-            for start in range(0, positions, width)
-            for at in [slice(start, start + width)]
-        ]
+        parts = labels.split(width, dim=-1)
+        targets = [part.flatten(1).contiguous() for part in parts]
+        loss_of = partial(compute_loss, valid=num_items_in_batch)
         if torch.is_grad_enabled():
             weights = model.get_output_embeddings().parameters()
-            loss = LossInChunks.apply(hidden, loss_of, chunks, *weights)
+            loss = LossInChunks.apply(hidden, targets, width, loss_of, *weights)
         else:
-            loss = sum(loss_of(hidden[:, at], *rest) for at, *rest in chunks)
+            loss = sum(map(loss_of, hidden.split(width, dim=1), targets))
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = forward
@@ -107,18 +106,26 @@ class LossInChunks(torch.autograd.Function):
     def forward(
         ctx,
         hidden: torch.Tensor,
+        targets: list[torch.Tensor],
+        width: int,
         loss_of: Callable,
-        chunks: list,
         *weights: nn.Parameter,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
         of_weights = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-        for at, *rest in chunks:
-            chunk = hidden[:, at].detach().requires_grad_()
+        chunks = zip(
+            hidden.split(width, dim=1),
+            of_hidden.split(width, dim=1),
+            targets,
+            strict=True,
+        )
+        for chunk, gradient, labels in chunks:
+            chunk = chunk.detach().requires_grad_()
             with torch.enable_grad():
-                loss = loss_of(chunk, *rest)
-            of_hidden[:, at], *parts = torch.autograd.grad(loss, (chunk, *weights))
+                loss = loss_of(chunk, labels)
+            of_chunk, *parts = torch.autograd.grad(loss, (chunk, *weights))
+            gradient.copy_(of_chunk)
             for summed, part in zip(of_weights, parts, strict=True):
                 summed += part
             total += loss.detach()
@@ -129,4 +136,4 @@ class LossInChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor) -> tuple:
         of_hidden, *of_weights = (g.mul_(scale) for g in ctx.saved_tensors)
-        return of_hidden, None, None, *of_weights
+        return of_hidden, None, None, None, *of_weights
