@@ -20,6 +20,7 @@ from tests.support.parity import (
 )
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.autotp import engine as autotp_engine
+from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.zero import deepspeed_config
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import ConfigError
@@ -193,6 +194,22 @@ def test_half_precisions_follow_float32(stage, models, references, pools, tmp_pa
             torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-2, atol=0)
             sizes[name] = size
     assert sizes["bf16 masters"] == sizes["bf16"] / 2  # what the option is for
+
+
+def test_half_precisions_are_loaded_as_such(tmp_path):
+    """Half of the host's memory; rotary frequencies stay exact."""
+    config = make_config(
+        write_model("gemma2", tmp_path), str(tmp_path), 2, 2, 1, VARIANTS[0]
+    )
+    full = load_full_model(config)
+    half = load_full_model(replace(config, dtype="bfloat16"))
+    named = dict(half.named_parameters())
+    for name, parameter in full.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(named[name], parameter.bfloat16()), name
+    named = dict(half.named_buffers())
+    for name, buffer in full.named_buffers():
+        assert torch.equal(named[name], buffer), name
 
 
 def test_float16_overflows_and_recovers(models, references, pools, tmp_path):

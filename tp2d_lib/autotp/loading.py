@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import weights
+from tp2d_lib.model import device_type, pick_dtype, weights
 from tp2d_lib.model.files import model_directory
 from tp2d_lib.model.guards import check_finite
 
 
 def load_full_model(config: TrainConfig) -> PreTrainedModel:
-    """The full model in float32.
+    """The full model in the compute type, which DeepSpeed makes its masters from.
+
+    Where the files hold that type, they are mapped: no copy until weights are sharded.
 
     Raises:
         ValueError: a parameter of the model has no tensor in the files.
         NonFiniteError: a tensor holds NaN or infinity.
     """
     directory = model_directory(config)
+    dtype, _ = pick_dtype(config, device_type(config))
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
-        dtype=torch.float32,
+        dtype=dtype,
         trust_remote_code=False,
         output_loading_info=True,
     )
