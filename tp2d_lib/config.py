@@ -163,7 +163,7 @@ class TrainConfig:
     loss_chunk_tokens: int | None = setting(
         None,
         "tokens whose logits exist at once, in head and loss; 0: those of a whole "
-        "micro-batch; if omitted, 1024 where these would need over 2 GB",
+        "micro-batch; if omitted, 1024 where these would need over 256 MB",
     )
 
     storage_path: str = setting(

@@ -78,21 +78,22 @@ def plain_training(storage: str) -> Training:
     return step, iter(loader)
 
 
-def burst(build: Callable, *args) -> tuple[float, int]:
+def burst(steps: int, build: Callable, *args) -> tuple[float, int]:
     """Seconds a few steps took in this process, and the real tokens in its rows."""
     step, batches = build(*args)
     dist.barrier()
     start, real = time.perf_counter(), 0
-    for _ in range(BURST):
+    for _ in range(steps):
         batch = next(batches)
         step(batch)
         real += sum(int((micro["labels"] != data.IGNORED).sum()) for micro in batch)
     return time.perf_counter() - start, real
 
 
-def step_time(run: Callable, build: Callable, *args) -> float:
+def step_time(run: Callable, build: Callable, *args, steps: int = BURST) -> float:
     """Milliseconds per step, on the slowest rank."""
-    return max(seconds for seconds, _ in run(burst, build, *args)) / BURST * 1000
+    times = run(burst, steps, build, *args)
+    return max(seconds for seconds, _ in times) / steps * 1000
 
 
 def compare_steps(rounds: int, storage: str) -> Table:
@@ -136,7 +137,7 @@ def compare_packing(rounds: int, storage: str) -> Table:
     """
 
     def token_rate(run: Callable, pack: bool) -> float:
-        answers = run(burst, mesh_training, storage, 2, 2, pack)
+        answers = run(burst, BURST, mesh_training, storage, 2, 2, pack)
         real = sum(real for _, real in answers) / 2  # both ranks of a TP group read it
         return real / max(seconds for seconds, _ in answers)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
@@ -12,7 +14,11 @@ from transformers import (
     StableLmConfig,
 )
 
+from tests.support import parity
 from tests.support.demo import make_config
+from tests.support.models import write_model
+from tests.support.parity import make_steps, share_of
+from tp2d_lib.fsdp.local import on_local_shards
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
 from tp2d_lib.model import PlanError
 
@@ -104,10 +110,50 @@ def test_parameter_off_the_mesh_is_named(demo_paths, pools):
         assert "leaves 'model.layers.1.mlp.gain' off the tp mesh" in second
 
 
+def test_layers_compute_on_plain_tensors_or_the_plan_stays():
+    plan = tensor_parallel_plan(empty(Qwen3Config, num_key_value_heads=2, head_dim=8))
+    local = on_local_shards(plan)
+    kept = [name for name, style in plan.items() if local[name] is style]
+    assert kept == ["model.embed_tokens", "lm_head"]
+    output = PrepareModuleOutput(
+        output_layouts=Shard(1), desired_output_layouts=Replicate()
+    )
+    edited = {**plan, "model.layers.*.mlp": output}  # may expect a DTensor
+    assert on_local_shards(edited) is edited
+
+
+def train_by(config, steps, edit):
+    """Run by every rank: losses and norms by the plan as PyTorch applies it, or not."""
+    from tp2d_lib.fsdp import build_engine, plan
+    from tp2d_lib.mesh import build_mesh
+
+    def parallelize(model, mesh, dtype):
+        parallelize_module(model, mesh["tp"], edit(tensor_parallel_plan(model)))
+        plan.apply_fsdp(model, mesh["dp"], dtype)
+        return model
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    engine = build_engine(config, mesh, parallelize)
+    batches = share_of(steps, mesh, config.batch_size_per_gpu)
+    return [tuple(map(float, engine.step(batch))) for batch in batches]
+
+
+def test_local_shards_train_as_dtensors_do(tmp_path, pools):
+    variant = ("padded", 2, "sgd")
+    path = write_model("qwen3", tmp_path)  # untied, with norms on its heads
+    config = parity.make_config(path, str(tmp_path), 2, 2, variant)
+    ranks, steps = pools(4), make_steps(*variant[:2])
+    expected = ranks.run(train_by, config, steps, as_written)
+    got = ranks.run(train_by, config, steps, on_local_shards)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def as_written(plan):
+    return plan
+
+
 def load_untied(config):
     """Run by every rank: a plan whose reader forgot to tie the weights again."""
-    from torch.distributed.tensor.parallel import parallelize_module
-
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.fsdp.plan import apply_fsdp
     from tp2d_lib.mesh import build_mesh

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 
 from tp2d_lib.config import TrainConfig
 
-MANY = 2**27  # logits on a rank, from which on they are computed in chunks by default
+MANY = 2**24  # logits on a rank, from which on they are computed in chunks by default
 CHUNK = 1024  # tokens in one of those: enough to keep a GPU's matrix units busy
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
@@ -33,7 +33,8 @@ def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
     tokens = config.batch_size_per_gpu * config.seq_length
     if config.loss_chunk_tokens is not None:
         return config.loss_chunk_tokens or tokens
-    many = tokens * vocab_size // config.tp_size > MANY and config.dtype != "float16"
+    shards = config.tp_size if config.vocab_parallel_lm_head else 1
+    many = tokens * vocab_size // shards > MANY and config.dtype != "float16"
     return min(CHUNK, tokens) if many else tokens
 
 

@@ -1,0 +1,136 @@
+"""Both engines and what else there is, at three sizes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from scripts.benchmarks import peers
+from scripts.benchmarks.harness import CORES, Table, alternate, processes
+from scripts.benchmarks.training import Training, bench_config, step_time
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.mesh import build_mesh
+
+# (settings of a tied Qwen2, rows in a global batch, tokens in a row)
+SIZES = {
+    "1M": ({}, 8, 128),  # the demo model
+    "26M": (
+        {
+            "vocab_size": 32_768,
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+        },
+        4,
+        512,
+    ),
+    "124M": (
+        {
+            "vocab_size": 50_304,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+        },
+        4,
+        256,
+    ),
+}
+
+
+def fsdp(config: TrainConfig) -> Callable:
+    from tp2d_lib.fsdp import build_engine
+
+    return build_engine(config, build_mesh(config.dp_size, config.tp_size)).step
+
+
+def autotp(config: TrainConfig) -> Callable:
+    from tp2d_lib.autotp import build_engine
+
+    return build_engine(config, build_mesh(config.dp_size, config.tp_size)).step
+
+
+BESIDE = {
+    "this project, FSDP2 + DTensor": fsdp,
+    "this project, AutoTP, ZeRO 1": autotp,
+    "PyTorch's tutorial, FSDP2 + DTensor": peers.plain_pytorch,
+    "Ray's template, FSDP2 + DTensor": peers.published_loop,
+    "transformers, DistributedConfig": peers.transformers_distributed,
+    "DeepSpeed's documentation, ZeRO 1": peers.plain_deepspeed,
+}
+
+
+@cache
+def training(storage: str, size: str, build: Callable, dp: int, tp: int) -> Training:
+    """Its step, and the same random rows again and again, equal on all tp ranks."""
+    _, rows, tokens = SIZES[size]
+    config = bench_config(
+        storage,
+        dp,
+        tp,
+        model_name=f"{storage}/{size}",
+        batch_size_per_gpu=rows // dp,
+        seq_length=tokens,
+    )
+    step = build(config)
+    ids = torch.randint(2000, (rows // dp, tokens), generator=torch.Generator())
+    batch = [{"input_ids": ids, "labels": ids}]
+    return step, iter(lambda: batch, None)
+
+
+def write_model(storage: str, size: str) -> int:
+    """The model of a size with random weights; returns how many."""
+    settings, _, _ = SIZES[size]
+    source = Path(storage, "demo", "model")
+    if settings:
+        config = Qwen2Config(tie_word_embeddings=True, **settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(f"{storage}/{size}")
+    return model.num_parameters()
+
+
+def compare_at(size: str, rounds: int, storage: str) -> Table:
+    write_model(storage, size)
+    with processes(4, threads=1) as ranks, processes(1, threads=CORES) as one:
+
+        def time(run: Callable, build: Callable, dp: int, tp: int) -> float:
+            steps = 5 if size == "1M" else 1  # timed as one
+            of = (training, storage, size, build, dp, tp)
+            return step_time(run, *of, steps=steps)
+
+        alone = partial(time, one, peers.one_process, 1, 1)
+        measures = {f"one process x {CORES} threads": alone}
+        for name, build in BESIDE.items():
+            measures[name] = partial(time, ranks, build, 2, 2)
+        alternate(1, measures)  # the first steps are slow
+        return "ms per step", alternate(rounds, measures)
+
+
+def compare_1m(rounds: int, storage: str) -> Table:
+    """7. Beside others, 1 million parameters: one step on 8 rows of 128 tokens, fp32,
+    dp2 x tp2 mesh of 4 processes x 1 thread.
+    """
+    return compare_at("1M", rounds, storage)
+
+
+def compare_26m(rounds: int, storage: str) -> Table:
+    """8. Beside others, 26 million parameters, 32,768 of vocabulary: one step on 4 rows
+    of 512 tokens, fp32, the same mesh.
+    """
+    return compare_at("26M", rounds, storage)
+
+
+def compare_124m(rounds: int, storage: str) -> Table:
+    """9. Beside others, 124 million parameters, 50,304 of vocabulary: one step on 4
+    rows of 256 tokens, fp32, the same mesh.
+    """
+    return compare_at("124M", rounds, storage)

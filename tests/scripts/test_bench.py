@@ -1,0 +1,35 @@
+"""The benchmark starts, and every row of a comparison can be measured."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench.py"
+
+
+def bench(*options):
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, BENCH, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_comparisons_are_named():
+    done = bench("--only", "nothing")
+    assert done.returncode == 2
+    assert "steps,engines,packing,data,memory,checkpoints,1M,26M,124M" in done.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.faults
+def test_all_others_train():
+    done = bench("--only", "1M", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert len(rows) == 1 + 7 + 1, done.stdout  # the text's end, a row each, a head
