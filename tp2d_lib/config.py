@@ -163,7 +163,8 @@ class TrainConfig:
     loss_chunk_tokens: int | None = setting(
         None,
         "tokens whose logits exist at once, in head and loss; 0: those of a whole "
-        "micro-batch; if omitted, 1024 where these would need over 256 MB",
+        "micro-batch; if omitted, 1024, on CPUs 256, where a rank would have over 4 "
+        "million logits",
     )
 
     storage_path: str = setting(

@@ -22,9 +22,11 @@ from transformers.modeling_outputs import (
 )
 
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.model.architecture import device_type
 
-MANY = 2**24  # logits on a rank, from which on they are computed in chunks by default
-CHUNK = 1024  # tokens in one of those: enough to keep a GPU's matrix units busy
+MANY = 2**22  # logits on a rank, from which on they are computed in chunks by default
+# Tokens in one of those: enough for a GPU's matrix units, few enough for a CPU's cache.
+CHUNK = {"cuda": 1024, "cpu": 256}
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
 
@@ -35,7 +37,7 @@ def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
         return config.loss_chunk_tokens or tokens
     shards = config.tp_size if config.vocab_parallel_lm_head else 1
     many = tokens * vocab_size // shards > MANY and config.dtype != "float16"
-    return min(CHUNK, tokens) if many else tokens
+    return min(CHUNK[device_type(config)], tokens) if many else tokens
 
 
 def compute_loss_in_chunks(
