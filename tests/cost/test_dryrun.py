@@ -141,7 +141,7 @@ def test_prediction_is_what_a_rank_then_holds(case, configs, predictions, pools)
 def test_the_command_tells_and_stops(tmp_path, capsys):
     demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
     run = ["--dp_size", "2", "--device", "cuda", "--dry_run", "--run_name", "asked"]
-    run += ["--eval_every", "10"]
+    run += ["--eval_every", "10", "--async_checkpoint"]
     try:
         assert cli.main("fsdp", "", [*demo, *run]) == 0
     finally:

@@ -24,6 +24,7 @@ from tp2d_lib import model as models
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, memory
 from tp2d_lib.model.attention import attend_without_mask
+from tp2d_lib.model.chunks import chunk_tokens
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
 PHASES = ("forward", "backward", "update")
@@ -120,7 +121,15 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
     dist.init_process_group("fake", rank=0, world_size=world_size)
     dtype, _ = models.pick_dtype(config, config.device)
     dtype = str(dtype).removeprefix("torch.")
-    config = replace(config, device="cpu", dtype=dtype, compile=False)
+    chunk = chunk_tokens(config, models.load_model_config(config).vocab_size)
+    config = replace(
+        config,
+        device="cpu",
+        dtype=dtype,
+        loss_chunk_tokens=chunk,  # as on its own device
+        compile=False,
+        async_checkpoint=False,  # needs a real group, and a step writes none
+    )
     grid = mesh.build_mesh(config.dp_size, config.tp_size, "cpu")
     with ExitStack() as stack:
         build, rank_bytes = {

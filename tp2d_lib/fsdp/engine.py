@@ -25,7 +25,7 @@ from tp2d_lib import store
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
-from tp2d_lib.fsdp.files import HashingWriter, PlainReader
+from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
 from tp2d_lib.fsdp.optimizer import build_optimizer, global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_attention, check_precision
@@ -143,6 +143,10 @@ class FSDPEngine:
         self.notice = models.pick_dtype(config, device.type)[1]
         self.gradients_checked = False
         self.writing: Future | None = None
+        if config.async_checkpoint:
+            # Training must not share a group with the threads that write.
+            self.writers = dist.new_group(backend="gloo")
+            self.stager = copying_stager(device)
 
     def set_communication(self, is_last: bool) -> None:
         """Choose what a micro-batch sends; nothing, perhaps, before the last one."""
@@ -197,9 +201,10 @@ class FSDPEngine:
     def save(self, directory: str | Path) -> Future | None:
         """Write model, optimizer and RNG state, sharded; every rank must call it.
 
-        With ``async_checkpoint`` they are copied, then written while training
-        continues; the future is done when they are. Only one write runs at a time,
-        because its collectives must run in the same order on all ranks.
+        With ``async_checkpoint`` they are copied to memory that is kept for the next
+        time, then written while training continues; the future is done when they are.
+        Only one write runs at a time, because its collectives must run in the same
+        order on all ranks.
         """
         writer = HashingWriter(str(directory))
         if not self.config.async_checkpoint:
@@ -207,10 +212,11 @@ class FSDPEngine:
             return None
         if self.writing:
             self.writing.result()
-        else:  # training must not share a group with the threads that write
-            self.writers = dist.new_group(backend="gloo")
         self.writing = dcp.async_save(
-            self.state_dict(), storage_writer=writer, process_group=self.writers
+            self.state_dict(),
+            storage_writer=writer,
+            process_group=self.writers,
+            async_stager=self.stager,
         )
         return self.writing
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import (
     Metadata,
 )
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.futures import Future
 
 from tp2d_lib import store
@@ -122,3 +123,18 @@ class PlainReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         with plain.only(self.path):
             return super().read_data(plan, planner)
+
+
+def copying_stager(device: torch.device) -> DefaultStager:
+    """What copies state for an asynchronous checkpoint; from a GPU, to pinned memory.
+
+    It keeps that memory, so only one write may be under way.
+    """
+    on_gpu = device.type == "cuda"
+    options = StagingOptions(
+        use_pinned_memory=on_gpu,
+        use_non_blocking_copy=on_gpu,
+        use_async_staging=False,  # the next step changes what is copied
+        use_shared_memory=False,  # a thread writes, not a process
+    )
+    return DefaultStager(options)

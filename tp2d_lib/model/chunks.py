@@ -31,13 +31,13 @@ IGNORED = -100  # label of a position that does not count, as in torch and trans
 
 
 def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
-    """How many tokens of a micro-batch share a chunk; all of them without chunks."""
+    """How many tokens of a micro-batch share a chunk; 0 without chunks."""
     tokens = config.batch_size_per_gpu * config.seq_length
     if config.loss_chunk_tokens is not None:
-        return config.loss_chunk_tokens or tokens
+        return config.loss_chunk_tokens
     shards = config.tp_size if config.vocab_parallel_lm_head else 1
     many = tokens * vocab_size // shards > MANY and config.dtype != "float16"
-    return min(CHUNK[device_type(config)], tokens) if many else tokens
+    return CHUNK[device_type(config)] if many else 0
 
 
 def compute_loss_in_chunks(
@@ -54,7 +54,7 @@ def compute_loss_in_chunks(
             over, as seq / shards positions each; 1 if every rank has them all.
     """
     chunk = chunk_tokens(config, model.config.vocab_size)
-    if chunk >= config.batch_size_per_gpu * config.seq_length:
+    if not 0 < chunk < config.batch_size_per_gpu * config.seq_length:
         return
     whole, decoder = model.forward, model.get_decoder()
 
