@@ -116,7 +116,7 @@ class LossInChunks(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
-        of_weights = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+        of_weights = None
         chunks = zip(
             hidden.split(width, dim=1),
             of_hidden.split(width, dim=1),
@@ -129,8 +129,10 @@ class LossInChunks(torch.autograd.Function):
                 loss = loss_of(chunk, labels)
             of_chunk, *parts = torch.autograd.grad(loss, (chunk, *weights))
             gradient.copy_(of_chunk)
-            for summed, part in zip(of_weights, parts, strict=True):
-                summed += part
+            if of_weights is None:
+                of_weights = [part.float() for part in parts]
+            else:
+                torch._foreach_add_(of_weights, parts)
             total += loss.detach()
         of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]
         ctx.save_for_backward(of_hidden, *of_weights)
