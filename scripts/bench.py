@@ -31,7 +31,12 @@ from scripts.benchmarks.checkpoints import compare_checkpoints
 from scripts.benchmarks.data import compare_data
 from scripts.benchmarks.harness import CORES, report
 from scripts.benchmarks.memory import compare_memory
-from scripts.benchmarks.sizes import compare_1m, compare_26m, compare_124m
+from scripts.benchmarks.sizes import (
+    compare_1m,
+    compare_26m,
+    compare_124m,
+    compare_124m_deepspeed,
+)
 from scripts.benchmarks.training import (
     compare_engines,
     compare_packing,
@@ -49,6 +54,7 @@ COMPARISONS = {
     "1M": compare_1m,
     "26M": compare_26m,
     "124M": compare_124m,
+    "124M-deepspeed": compare_124m_deepspeed,
 }
 
 

@@ -23,7 +23,10 @@ def bench(*options):
 def test_comparisons_are_named():
     done = bench("--only", "nothing")
     assert done.returncode == 2
-    assert "steps,engines,packing,data,memory,checkpoints,1M,26M,124M" in done.stderr
+    assert (
+        "steps,engines,packing,data,memory,checkpoints,1M,26M,124M,124M-deepspeed"
+        in done.stderr
+    )
 
 
 @pytest.mark.ranks
