@@ -37,9 +37,9 @@ from scripts.benchmarks.sizes import (
     compare_124m,
     compare_124m_deepspeed,
 )
+from scripts.benchmarks.tokens import compare_tokens
 from scripts.benchmarks.training import (
     compare_engines,
-    compare_packing,
     compare_steps,
 )
 from tp2d_lib.data import demo
@@ -47,7 +47,7 @@ from tp2d_lib.data import demo
 COMPARISONS = {
     "steps": compare_steps,
     "engines": compare_engines,
-    "packing": compare_packing,
+    "tokens": compare_tokens,
     "data": compare_data,
     "memory": compare_memory,
     "checkpoints": compare_checkpoints,

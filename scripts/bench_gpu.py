@@ -37,8 +37,9 @@ from tp2d_lib.monitor import metrics
 OPTIONS = {
     "eager": {},
     "compiled": {"compile": True},
-    "checkpointing": {"activation_checkpointing": True},
-    "both": {"compile": True, "activation_checkpointing": True},
+    "selective": {"activation_checkpointing": "selective"},
+    "checkpointing": {"activation_checkpointing": "full"},
+    "both": {"compile": True, "activation_checkpointing": "full"},
 }
 TITLES = (
     "model",

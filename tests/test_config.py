@@ -172,14 +172,14 @@ def test_seq_length_longer_than_model(check, demo_paths, value, tp_size):
     check(seq_length=proposal(message), tp_size=tp_size)
 
 
-def test_seq_length_longer_than_sliding_window(check, demo_paths, tmp_path):
+def test_sequence_parallel_for_a_model_that_makes_masks(check, demo_paths, tmp_path):
     path = write_model("mistral", tmp_path)
     for file in Path(demo_paths[0]).glob("tokenizer*"):
         shutil.copy(file, path)
-    windowed = {"model_name": path, "tp_size": 2}
-    message = refuse_field(check, "seq_length", 128, "sliding window", **windowed)
-    check(seq_length=proposal(message), **windowed)
-    check(model_name=path)  # whole sequences on every rank: the mask is right
+    windowed = {"model_name": path, "tp_size": 2, "seq_length": 128}
+    refuse_field(check, "sequence_parallel", "always", "without a mask", **windowed)
+    check(sequence_parallel="auto", **windowed)
+    check(sequence_parallel="always", **windowed | {"seq_length": 64})  # its window
 
 
 def test_seq_length_with_nothing_to_predict(make):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support import reference
+from tests.support import parity, reference
 from tests.support.models import write_model
 from tests.support.parity import (
     MAX_GRAD_NORM,
@@ -36,14 +36,10 @@ ATOL = 1e-4
 EQUAL = "equal"
 EXPERTS = "refused: experts"
 NO_PLAN = "refused: no plan of its own"
-GATHERS = "refused: its plan gathers inside a block"
-MASKS = "refused: eager attention only"
 NAMES = "refused: its files use other names"
 REASONS = {  # words of an error -> what the table says
     "moe_tp_experts": "experts",
     "must publish a tp_plan": "no plan of its own",
-    "colwise_gather_output|rowwise_split_input": "its plan gathers inside a block",
-    "supports eager attention only": "eager attention only",
     "must name weights as the model does": "its files use other names",
 }
 # Settings for AutoTP where it refuses the default.
@@ -56,15 +52,15 @@ FAMILIES = {  # its model in support/models.py, what FSDP2 and AutoTP must do wi
     "Mistral": ("mistral", EQUAL, EQUAL),
     "Mixtral": ("mixtral", EXPERTS, EXPERTS),
     "Gemma": ("gemma", EQUAL, REPLICATED_VOCABULARY),
-    "Gemma 2": ("gemma2", MASKS, REPLICATED_VOCABULARY),
+    "Gemma 2": ("gemma2", EQUAL, REPLICATED_VOCABULARY),
     "Gemma 3 (text)": ("gemma3", EQUAL, EQUAL),
-    "Phi-3": ("phi3", GATHERS, {"partition_config": FUSED}),
+    "Phi-3": ("phi3", EQUAL, {"partition_config": FUSED}),
     "Granite": ("granite", EQUAL, EQUAL),
     "SmolLM3": ("smollm3", EQUAL, EQUAL),
-    "OLMo 2": ("olmo2", GATHERS, {"partition_config": ONLY_MLP}),
+    "OLMo 2": ("olmo2", EQUAL, {"partition_config": ONLY_MLP}),
     "StarCoder2": ("starcoder2", EQUAL, EQUAL),
     "Cohere": ("cohere", EQUAL, EQUAL),
-    "GLM-4": ("glm4", GATHERS, {"partition_config": HALF_FUSED}),
+    "GLM-4": ("glm4", EQUAL, {"partition_config": HALF_FUSED}),
     "StableLM": ("stablelm", NO_PLAN, EQUAL),
     "GPT-NeoX": ("gpt-neox", NAMES, EQUAL),
 }
@@ -178,6 +174,35 @@ def observe(pools, tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_family_equals_one_process_or_is_refused(engine, family, observe):
     assert observe(family, engine) == cell_of(expected_of(family, engine))
+
+
+WHOLE = {"sequence_parallel": "never"}
+WINDOW = {"sliding_window": parity.SEQ // 2}
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "settings", "of_model"),
+    [
+        ("fsdp", "qwen3", WHOLE, {}),
+        ("fsdp", "starcoder2", WHOLE, {}),  # replicated biases
+        ("fsdp", "phi3", WHOLE, {}),
+        ("fsdp", "olmo2", WHOLE, {}),
+        ("fsdp", "mistral", {}, WINDOW),
+        ("fsdp", "gemma2", {}, WINDOW),
+        ("autotp", "mistral", {}, WINDOW),
+    ],
+)
+def test_whole_sequences_equal_one_process(
+    engine, name, settings, of_model, pools, tmp_path
+):
+    """Every tp rank has all positions between blocks, so masks are those of all."""
+    path = write_model(name, tmp_path, initializer_range=0.2, **of_model)
+    exported = str(tmp_path / "exported")
+    settings = settings | {"export_to": exported, "loss_chunk_tokens": 24}
+    config = make_config(path, str(tmp_path), 2, 2, VARIANT, **settings)
+    config, _ = accepted(engine, config, EQUAL)
+    answers = pools(4, engine).run(train, engine, config)
+    check_equal(answers, config)
 
 
 def test_the_readme_says_what_was_observed(observe):

@@ -39,6 +39,7 @@ SEEN_BY = {
     "dp_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "dp_replicate_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "num_workers": "test_config:test_mesh_not_as_large_as_workers",
+    "sequence_parallel": "test_families:test_whole_sequences_equal_one_process",
     "min_dp_size": "test_config:test_min_dp_size",
     "tp_across_nodes": ("test_cluster:test_a_tp_group_over_two_nodes_is_refused"),
     "batch_size_per_gpu": "data/test_loader:test_batches_have_the_shape_asked_for",
@@ -230,9 +231,12 @@ def test_weight_decay_shrinks_weights(config, pools):
 
 @pytest.mark.ranks
 def test_settings_that_save_memory_save_it(config):
-    plain = dryrun.predict("fsdp", config)
-    lean = dryrun.predict("fsdp", replace(config, activation_checkpointing=True))
-    assert lean["activations"] < 0.7 * plain["activations"]
+    plain, selective, full = (
+        dryrun.predict("fsdp", replace(config, activation_checkpointing=kind))
+        for kind in ("none", "selective", "full")
+    )
+    assert selective["activations"] < 0.9 * plain["activations"]
+    assert full["activations"] < 0.8 * selective["activations"]
     half = replace(config, dtype="bfloat16", dp_size=2, num_workers=2)
     masters = dryrun.predict("autotp", half)
     none = dryrun.predict("autotp", replace(half, bf16_master_weights=True))

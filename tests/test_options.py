@@ -131,12 +131,17 @@ def test_no_step_waits_for_the_device(engine, plain, pools):
 @pytest.mark.parametrize("engine", ["fsdp", "autotp"])
 def test_compiled_equals_plain(engine, plain, pools):
     plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
-    again = replace(plain, activation_checkpointing=True, compile=True)
-    again = replace(again, loss_chunk_tokens=24)
-    for expected, got in pools(2, engine).run(train, engine, [plain, again]):
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
-        for weight, other in zip(got[1], expected[1], strict=True):
-            torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
+    compiled = [
+        replace(
+            plain, compile=True, activation_checkpointing=kind, loss_chunk_tokens=24
+        )
+        for kind in ("selective", "full")
+    ]
+    for expected, *others in pools(2, engine).run(train, engine, [plain, *compiled]):
+        for got in others:
+            torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
+            for weight, other in zip(got[1], expected[1], strict=True):
+                torch.testing.assert_close(weight, other, rtol=0, atol=1e-5)
 
 
 def train_deterministically(engine, config):

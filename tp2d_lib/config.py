@@ -88,6 +88,13 @@ class TrainConfig:
         ("refuse", "warn", "allow"),
     )
 
+    sequence_parallel: str = setting(
+        "auto",
+        "FSDP2: between blocks each tp rank holds seq_length / tp_size positions, "
+        "which saves memory; auto: unless the model's attention makes masks",
+        ("auto", "always", "never"),
+    )
+
     batch_size_per_gpu: int = setting(1, "rows per micro-batch on each dp rank")
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
     num_epochs: int = setting(3, "passes over the data")
@@ -147,8 +154,12 @@ class TrainConfig:
         "DeepSpeed: keep master weights and optimizer state in bfloat16; saves memory, "
         "but loses small updates",
     )
-    activation_checkpointing: bool = setting(
-        False, "recompute each layer in backward instead of storing its activations"
+    activation_checkpointing: str = setting(
+        "none",
+        "activations that are computed again in backward instead of being stored; "
+        "selective: all but attention's output and, without compile, most products of "
+        "matrices",
+        ("none", "selective", "full"),
     )
     reshard_after_forward: bool = setting(
         True,

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import AutoModelForCausalLM
 
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.data import IGNORED
 from tp2d_lib.mesh import build_mesh
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -137,7 +138,7 @@ def published_loop(config: TrainConfig) -> Step:
 
     def step(batch: list[dict[str, torch.Tensor]]) -> None:
         optimizer.zero_grad()
-        mask = torch.ones_like(batch[0]["input_ids"])
+        mask = (batch[0]["labels"] != IGNORED).long()
         loss = model(**batch[0], attention_mask=mask, use_cache=False).loss
         loss.backward()
         optimizer.step()

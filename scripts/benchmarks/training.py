@@ -1,4 +1,4 @@
-"""Training runs to time: step time on each mesh, the two engines, packed rows."""
+"""Training runs to time: a step on each mesh, the two engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from shutil import which
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
@@ -34,9 +33,9 @@ def bench_config(storage: str, dp_size: int, tp_size: int, **settings) -> TrainC
 
 @cache  # built by the first burst, used by all
 def mesh_training(
-    storage: str, dp_size: int, tp_size: int, pack: bool = True, compile: bool = False
+    storage: str, dp_size: int, tp_size: int, compile: bool = False
 ) -> Training:
-    config = bench_config(storage, dp_size, tp_size, pack=pack, compile=compile)
+    config = bench_config(storage, dp_size, tp_size, compile=compile)
     mesh = build_mesh(dp_size, tp_size)
     return build_engine(config, mesh).step, iter(data.build_dataloader(config, mesh))
 
@@ -123,31 +122,9 @@ def compare_engines(rounds: int, storage: str) -> Table:
         no_overlap = time_of(autotp_training, storage, 1, False)
         measures["AutoTP, ZeRO 1, no tp_overlap_comm"] = no_overlap
         if which("g++"):  # torch.compile needs it on a CPU
-            compiled = time_of(mesh_training, storage, 2, 2, True, True)
+            compiled = time_of(mesh_training, storage, 2, 2, True)
             measures["FSDP2 + DTensor, compiled"] = compiled
             compiled = time_of(autotp_training, storage, 1, True, True)
             measures["AutoTP, ZeRO 1, compiled"] = compiled
         alternate(1, measures)  # the first steps are slow
         return "ms per step", alternate(rounds, measures)
-
-
-def compare_packing(rounds: int, storage: str) -> Table:
-    """3. Packing: tokens that are not padding, trained on per second by the dp2 x tp2
-    mesh; same corpus, 8 rows of 128 per step. Padded rows drop what does not fit.
-    """
-
-    def token_rate(run: Callable, pack: bool) -> float:
-        answers = run(burst, BURST, mesh_training, storage, 2, 2, pack)
-        real = sum(real for _, real in answers) / 2  # both ranks of a TP group read it
-        return real / max(seconds for seconds, _ in answers)
-
-    with processes(4, threads=1) as ranks:
-        measures = {}
-        for kind, pack in ("padded", False), ("packed", True):
-            config = bench_config(storage, 2, 2, pack=pack)
-            lengths = np.load(data.prepare(config) / "lengths.npy")
-            padding = 1 - lengths.mean() / config.seq_length
-            name = f"{kind} rows, {padding:.1%} padding, {lengths.sum():,} tokens"
-            measures[name] = partial(token_rate, ranks, pack)
-        alternate(1, measures)  # the first steps are slow
-        return "real tokens/s", alternate(rounds, measures)

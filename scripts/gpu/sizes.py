@@ -73,8 +73,7 @@ class MinimalLoop:
         half, _ = models.pick_dtype(config, device.type)
         for parameter in self.model.parameters():  # not the rotary frequencies
             parameter.data = parameter.data.to(half)
-        if config.activation_checkpointing:
-            models.checkpoint_activations(self.model)
+        models.checkpoint_activations(self.model, config)
         if config.compile:
             models.compile_blocks(self.model)
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)

@@ -9,7 +9,6 @@ from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
     MixtralConfig,
-    Phi3Config,
     Qwen3Config,
     StableLmConfig,
 )
@@ -62,7 +61,6 @@ def test_plan_names_every_kind_of_module_once():
 @pytest.mark.parametrize(
     ("kind", "settings", "named"),
     [
-        (Phi3Config, {"pad_token_id": 0}, "rowwise_split_input"),
         (MixtralConfig, {"num_key_value_heads": 2}, "experts"),
     ],
 )
@@ -127,8 +125,8 @@ def train_by(config, steps, edit):
     from tp2d_lib.fsdp import build_engine, plan
     from tp2d_lib.mesh import build_mesh
 
-    def parallelize(model, mesh, dtype):
-        parallelize_module(model, mesh["tp"], edit(tensor_parallel_plan(model)))
+    def parallelize(model, mesh, dtype, stream):
+        parallelize_module(model, mesh["tp"], edit(tensor_parallel_plan(model, stream)))
         plan.apply_fsdp(model, mesh["dp"], dtype)
         return model
 
@@ -138,10 +136,17 @@ def train_by(config, steps, edit):
     return [tuple(map(float, engine.step(batch))) for batch in batches]
 
 
-def test_local_shards_train_as_dtensors_do(tmp_path, pools):
-    variant = ("padded", 2, "sgd")
-    path = write_model("qwen3", tmp_path)  # untied, with norms on its heads
-    config = parity.make_config(path, str(tmp_path), 2, 2, variant)
+@pytest.mark.parametrize(
+    ("name", "sequence_parallel"),
+    [
+        ("qwen3", "auto"),  # untied, with norms on its heads
+        ("olmo2", "never"),  # attention on all heads, norms on all of their features
+    ],
+)
+def test_local_shards_train_as_dtensors_do(name, sequence_parallel, tmp_path, pools):
+    variant, split = ("padded", 2, "sgd"), {"sequence_parallel": sequence_parallel}
+    path = write_model(name, tmp_path)
+    config = parity.make_config(path, str(tmp_path), 2, 2, variant, **split)
     ranks, steps = pools(4), make_steps(*variant[:2])
     expected = ranks.run(train_by, config, steps, as_written)
     got = ranks.run(train_by, config, steps, on_local_shards)
@@ -158,7 +163,7 @@ def load_untied(config):
     from tp2d_lib.fsdp.plan import apply_fsdp
     from tp2d_lib.mesh import build_mesh
 
-    def parallelize(model, mesh, dtype):
+    def parallelize(model, mesh, dtype, stream):
         parallelize_module(model, mesh["tp"], tensor_parallel_plan(model))
         apply_fsdp(model, mesh["dp"], dtype)
         return model

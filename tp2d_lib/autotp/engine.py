@@ -116,8 +116,7 @@ def build_engine(
     expected = None if source == partition.PUBLISHED else probe(model)
     if shards_vocabulary(config):
         shard_untied_embedding(model, mesh)
-    if config.activation_checkpointing:
-        models.checkpoint_activations(model)
+    models.checkpoint_activations(model, config)
     wrapped, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config),

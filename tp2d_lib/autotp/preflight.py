@@ -55,11 +55,12 @@ def check_precision(config: TrainConfig) -> None:
         "async_checkpoint": False,
         "reshard_after_forward": True,
         "sync_each_batch": True,
+        "sequence_parallel": "auto",
     }
     for name, default in only_fsdp.items():
         if (value := getattr(config, name)) != default:
             raise ConfigError(
-                f"{name}={value} must be left to FSDP2; try {name}={default}"
+                f"{name}={value!r} must be left to FSDP2; try {name}={default!r}"
             )
     if config.dp_replicate_size > 1:
         # DeepSpeed 0.19.8 forms those groups of neighbouring world ranks, and no MiCS.
@@ -78,6 +79,12 @@ def check_precision(config: TrainConfig) -> None:
             f"loss_chunk_tokens={config.loss_chunk_tokens} cannot be combined with "
             "zero_stage=3, which frees the head's weights before their gradient is "
             "computed; try zero_stage=2"
+        )
+    if config.activation_checkpointing == "selective" and config.zero_stage == 3:
+        raise ConfigError(
+            "activation_checkpointing='selective' cannot be combined with "
+            "zero_stage=3, which gathers weights between the operators that are to be "
+            "recognised; try 'full'"
         )
     convertible = config.optimizer == "adamw" and config.zero_stage > 0
     if config.min_dp_size and not convertible:

@@ -185,9 +185,7 @@ def fake_autotp(config: TrainConfig, grid, enter_modes: Callable):
     patch_deepspeed(config)
 
     def load(config):
-        model = models.build_empty_model(
-            replace(config, activation_checkpointing=False)
-        )
+        model = models.build_empty_model(config)
         enter_modes()
         model.to_empty(device="cpu").tie_weights()
         model.to = lambda *_, **__: model  # fake weights cannot be replaced

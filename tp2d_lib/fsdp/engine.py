@@ -28,7 +28,7 @@ from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
 from tp2d_lib.fsdp.optimizer import build_optimizer, global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
-from tp2d_lib.fsdp.preflight import check_attention, check_precision
+from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, weights
 from tp2d_lib.model.attention import attend_causally
@@ -110,25 +110,33 @@ def build_engine(
     check_precision(config)
     if config.deterministic:
         determinism.enforce()
-    torch.manual_seed(config.seed + dist.get_rank())
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
     dtype, _ = models.pick_dtype(config, mesh.device_type)
     gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
-    check_attention(model, config)
+    stream = residual_stream(model, config)
+    # The same dropout on all tp ranks if they hold the same hidden states.
+    which = dist.get_rank() if stream.is_shard() else mesh["dp"].get_local_rank()
+    torch.manual_seed(config.seed + which)
     attend_causally(model, config)
-    model = parallelize(model, split_dp(mesh, config.dp_replicate_size), gathered)
+    models.checkpoint_activations(model, config)
+    split = split_dp(mesh, config.dp_replicate_size)
+    model = parallelize(model, split, gathered, stream)
     if not config.reshard_after_forward:
         model.set_reshard_after_forward(False)
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
-    compute_loss_in_chunks(model, config, sequence_shards=config.tp_size)
+    shards = config.tp_size if stream.is_shard() else 1
+    compute_loss_in_chunks(model, config, sequence_shards=shards)
     if config.autocast:
         model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
     optimizer = build_optimizer(model, config)
-    return FSDPEngine(model, optimizer, mesh, config, device, train_step)
+    engine = FSDPEngine(model, optimizer, mesh, config, device, train_step)
+    if config.tp_size > 1 and not stream.is_shard():
+        engine.notice += "; each tp rank has all positions between blocks"
+    return engine
 
 
 class FSDPEngine:

@@ -23,6 +23,13 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.func import functional_call
 
+# PyTorch before 2.13 has both by their old names only, which 2.13 deprecates.
+GATHER = "all_gather_single", "all_gather_into_tensor"
+REDUCE = "reduce_scatter_single", "reduce_scatter_tensor"
+gather_single, reduce_single = (
+    getattr(dist, name, None) or getattr(dist, old) for name, old in (GATHER, REDUCE)
+)
+
 
 def on_local_shards(plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     """The same plan with its layers computed on plain tensors.
@@ -38,26 +45,27 @@ def on_local_shards(plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
 def equivalent(style: ParallelStyle) -> ParallelStyle | None:
     """A style that communicates and returns the same, or None if there is none."""
     kind = type(style)
+    if kind is OnShards:
+        return style
     if kind is PrepareModuleInput:
-        return GatherInput()
+        before = style.input_layouts or tuple(style.input_kwarg_layouts.values())
+        return OnInput(AllGather if before == (Shard(1),) else SumGradient)
     if kind is SequenceParallel:
         return OnShards()
-    if kind is ColwiseParallel:
-        return OnShards(weight=0, bias=0) if style.use_local_output else style
-    if kind is RowwiseParallel:
-        is_linear = style.input_layouts == (Shard(-1),)
-        return OnShards(weight=1, sum_outputs=True) if is_linear else style
-    return None
+    if kind is ColwiseParallel and style.use_local_output:
+        gather = GatherColumns if style.output_layouts == (Replicate(),) else None
+        return OnShards(gather, weight=0, bias=0)
+    if kind is RowwiseParallel and style.input_layouts == (Shard(-1),):
+        is_split = style.output_layouts == (Shard(1),)
+        return OnShards(ReduceScatter if is_split else AllReduce, weight=1)
+    return style if kind in (ColwiseParallel, RowwiseParallel) else None
 
 
-def all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(batch, seq / tp, hidden) of every rank -> (batch, seq, hidden)."""
-    batch, positions, hidden = x.shape
-    ranks = group.size()
-    parts = x.new_empty(ranks * batch, positions, hidden)
-    dist.all_gather_single(parts, x.contiguous(), group=group)
-    parts = parts.view(ranks, batch, positions, hidden).transpose(0, 1)
-    return parts.reshape(batch, ranks * positions, hidden)
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup, dim: int = 1) -> torch.Tensor:
+    """Join the parts of every rank along ``dim``: (batch, seq / tp, hidden) -> all."""
+    parts = x.new_empty(group.size() * len(x), *x.shape[1:])
+    gather_single(parts, x.contiguous(), group=group)
+    return parts.view(group.size(), *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -66,7 +74,7 @@ def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     ranks = group.size()
     parts = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
     own = x.new_empty(batch, seq // ranks, hidden)
-    dist.reduce_scatter_single(own, parts.flatten(0, 1), group=group)
+    reduce_single(own, parts.flatten(0, 1), group=group)
     return own
 
 
@@ -96,19 +104,65 @@ class ReduceScatter(torch.autograd.Function):
         return all_gather(gradient, ctx.group), None
 
 
-class GatherInput(ParallelStyle):
-    """All-gather the input of a block: an MLP's argument, attention's keyword."""
+class AllReduce(torch.autograd.Function):
+    """Sum the parts; the gradient is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        whole = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class SumGradient(torch.autograd.Function):
+    """Pass what is the same on every rank; its gradient is a part of a sum on each."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None
+
+
+class GatherColumns(torch.autograd.Function):
+    """Over the features; what follows, and so the gradient, is the same everywhere."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return all_gather(x, group, dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = gradient.chunk(ctx.group.size(), dim=2)[ctx.group.rank()]
+        return own.contiguous(), None
+
+
+class OnInput(ParallelStyle):
+    """Communicate the input of a block: an MLP's argument, attention's keyword."""
+
+    def __init__(self, communicate: type[torch.autograd.Function]):
+        self.communicate = communicate
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         group = mesh.get_group()
 
-        def gather(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def prepare(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if args:
-                return (AllGather.apply(args[0], group), *args[1:]), kwargs
-            whole = AllGather.apply(kwargs["hidden_states"], group)
+                return (self.communicate.apply(args[0], group), *args[1:]), kwargs
+            whole = self.communicate.apply(kwargs["hidden_states"], group)
             return args, kwargs | {"hidden_states": whole}
 
-        module.register_forward_pre_hook(gather, with_kwargs=True)
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
         return module
 
 
@@ -116,15 +170,21 @@ class OnShards(ParallelStyle):
     """Compute a module with this rank's shards of its parameters.
 
     Args:
-        sum_outputs: they are parts of a sum over tp, of which each rank gets its
-            seq / tp positions; a replicated bias is shared out among the parts.
+        communicate: what is done with the outputs. Where they are parts of a sum, a
+            replicated bias is shared out among the parts.
+        same: whether every rank computes the same from the same inputs.
         dims: by name of a parameter, the dimension it is sharded over. Others are
-            replicated, and their gradients, each of a share of the positions or of
-            the heads, are summed over tp.
+            replicated, and their gradients, unless they are the ``same``, are each of
+            a share of the positions or of the heads, and summed over tp.
     """
 
-    def __init__(self, sum_outputs: bool = False, **dims: int):
-        self.sum_outputs, self.dims = sum_outputs, dims
+    def __init__(
+        self,
+        communicate: type[torch.autograd.Function] | None = None,
+        same: bool = False,
+        **dims: int,
+    ):
+        self.communicate, self.same, self.dims = communicate, same, dims
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         whole = copy(module)  # with the same parameters, and the forward of its class
@@ -134,6 +194,8 @@ class OnShards(ParallelStyle):
             sharded = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
             module.register_parameter(name, sharded)
         group = mesh.get_group()
+        is_part = self.communicate in (AllReduce, ReduceScatter)
+        summed = None if self.same else [Partial()]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             shards = {}
@@ -141,11 +203,11 @@ class OnShards(ParallelStyle):
                 if name in self.dims:
                     shards[name] = parameter.to_local()
                     continue
-                shards[name] = parameter.to_local(grad_placements=[Partial()])
-                if self.sum_outputs:
+                shards[name] = parameter.to_local(grad_placements=summed)
+                if is_part:
                     shards[name] = shards[name] / mesh.size()
             out = functional_call(whole, shards, (x,))
-            return ReduceScatter.apply(out, group) if self.sum_outputs else out
+            return self.communicate.apply(out, group) if self.communicate else out
 
         module.forward = forward
         return module

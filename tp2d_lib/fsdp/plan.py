@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -17,17 +17,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tp2d_lib.fsdp.local import on_local_shards
+from tp2d_lib.fsdp.local import OnShards, on_local_shards
 from tp2d_lib.model import PlanError
 
 
-def tensor_parallel_plan(model: nn.Module) -> dict:
-    """Turn the model's published ``tp_plan`` into sequence-parallel DTensor styles.
+def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict:
+    """Turn the model's published ``tp_plan`` into DTensor styles.
 
-    Embedding and head are sharded over the vocabulary. Between blocks the residual
-    stream (batch, seq, hidden) is ``Shard(1)``: seq / tp positions per rank. A block
-    all-gathers it, computes on its own heads or ffn columns, and reduce-scatters the
-    sum. ``*`` in a module's name stands for a layer number.
+    Embedding and head are sharded over the vocabulary. A block all-gathers the residual
+    stream (batch, seq / tp, hidden) and reduce-scatters the ranks' sum; a stream that
+    is ``Replicate()`` has all positions, and is summed. ``*`` stands for any layer.
 
     Raises:
         PlanError: no plan, an unknown style, or a parameter that it leaves replicated.
@@ -38,21 +37,22 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
             f"{type(model).__name__} must publish a tp_plan for its layers to be "
             "sharded over tp ranks, but has none; try tp_size=1"
         )
+    whole = {n.rpartition(".")[0] for n, s in published.items() if "gather" in s}
     plan = {}
     for name, module in model.named_modules():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        style = published.get(pattern)
+        block, style = pattern.rpartition(".")[0], published.get(pattern)
         if module is model.get_input_embeddings():
             style = "vocabulary_rows"
         elif module is model.get_output_embeddings():
             style = "vocabulary_columns"
-        if style is None and type(module).__name__.endswith("Norm"):
-            plan[pattern] = SequenceParallel(use_local_output=True)
-        elif style is not None:
-            plan[pattern] = dtensor_style(pattern, style, module)
-            if style == "colwise":
-                block = model.get_submodule(name.rpartition(".")[0])
-                plan[pattern.rpartition(".")[0]] = gather_input(block)
+        elif style is None and type(module).__name__.endswith("Norm"):
+            style = "norm_of_all" if block in whole else "norm"
+        if style is not None:
+            plan[pattern] = dtensor_style(pattern, style, module, stream)
+            if style.startswith("colwise"):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                plan[block] = gather_input(parent, stream)
     for name, _ in model.named_parameters():
         module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
         if isinstance(plan.get(module), PrepareModuleInput | None):
@@ -63,40 +63,49 @@ def tensor_parallel_plan(model: nn.Module) -> dict:
     return plan
 
 
-def dtensor_style(name: str, style: str, module: nn.Module):
+def dtensor_style(name: str, style: str, module: nn.Module, stream: Placement):
     """The DTensor style for a published style; comments note what is communicated."""
     is_norm = type(module).__name__.endswith("Norm")
-    if style == "vocabulary_rows":  # of the embedding; partial sums -> own positions
-        return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    if style == "vocabulary_rows":  # of the embedding; partial sums -> stream
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
     if style == "vocabulary_columns":  # of the head; logits stay sharded
         return ColwiseParallel(
-            input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
+            input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
         )
+    if style == "norm" and stream.is_shard():  # of own positions; sums its gradient
+        return SequenceParallel(use_local_output=True)
+    if style in ("norm", "norm_of_all"):  # every rank computes the same
+        return OnShards(same=True)
     if style == "colwise":  # output features; no communication
         return ColwiseParallel()
-    if style == "rowwise":  # input features; partial sums -> own positions
-        return RowwiseParallel(output_layouts=Shard(1))
+    if style == "colwise_gather_output":  # all-gathered: the block works on all of them
+        return ColwiseParallel(output_layouts=Replicate())
+    if style == "rowwise":  # input features; partial sums -> stream
+        return RowwiseParallel(output_layouts=stream)
+    if style == "rowwise_split_input":  # of which each rank takes its own
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
     if style == "replicated_with_grad_allreduce" and is_norm:
         # A norm on local heads (batch, seq, heads, head_dim): replicated weight,
         # partial gradient. Naming the head dimension makes DTensor sum it over tp.
         return SequenceParallel(sequence_dim=2, use_local_output=True)
     raise PlanError(
-        f"the style {style!r} of {name!r} must be one of colwise, rowwise, or "
+        f"the style {style!r} of {name!r} must be one of colwise, "
+        "colwise_gather_output, rowwise, rowwise_split_input, or "
         "replicated_with_grad_allreduce on a norm; try tp_size=1"
     )
 
 
-def gather_input(block: nn.Module) -> PrepareModuleInput:
-    """All-gather a block's input over tp: seq / tp -> seq positions.
+def gather_input(block: nn.Module, stream: Placement) -> PrepareModuleInput:
+    """All-gather a block's input over tp, and sum its gradient in backward.
 
     Decoder layers pass it to attention by keyword and to the MLP by position.
     """
     if "attention_mask" in block.forward.__code__.co_varnames:
         return PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": Shard(1)},
+            input_kwarg_layouts={"hidden_states": stream},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         )
-    return PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    return PrepareModuleInput(input_layouts=stream, desired_input_layouts=Replicate())
 
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
@@ -131,10 +140,15 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    stream: Placement = Shard(1),
+) -> nn.Module:
     """Parallelise a model in two dimensions: first over tp, then over dp."""
     if mesh["tp"].size() > 1:
-        apply_tp(model, mesh["tp"], tensor_parallel_plan(model))
+        apply_tp(model, mesh["tp"], tensor_parallel_plan(model, stream))
     dp = mesh.mesh_dim_names[:-1]  # ("dp",); with HSDP ("dp_replicate", "dp_shard")
     apply_fsdp(model, mesh[dp], dtype)
     return model

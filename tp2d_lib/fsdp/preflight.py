@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
 from tp2d_lib.model import PlanError, weights
+from tp2d_lib.model.attention import needs_no_mask
 
 
 def check(config: TrainConfig) -> TrainConfig:
@@ -27,9 +29,9 @@ def check(config: TrainConfig) -> TrainConfig:
 
     check_precision(config)
     model, stored = preflight.check(config, engine="fsdp")
-    check_attention(model, config)
+    stream = residual_stream(model, config)
     if config.tp_size > 1:
-        tensor_parallel_plan(model)
+        tensor_parallel_plan(model, stream)
     missing = weights.own_state(model).keys() - stored.keys()
     if missing:
         raise PlanError(
@@ -39,13 +41,24 @@ def check(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def check_attention(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse eager attention over tp: its mask would cover only local positions."""
-    if config.tp_size > 1 and model.config._attn_implementation == "eager":
-        raise PlanError(
-            f"{type(model).__name__} must attend without a mask to be sharded over tp "
-            "ranks, but supports eager attention only; try tp_size=1"
+def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
+    """How the tp ranks hold hidden states (batch, seq, hidden) between blocks.
+
+    Each has seq / tp positions, or all of them where the model makes masks: it would
+    make them for the positions that it sees.
+
+    Raises:
+        ConfigError: sequence parallelism is demanded of a model that makes masks.
+    """
+    possible = needs_no_mask(model, config)
+    if config.sequence_parallel == "always" and config.tp_size > 1 and not possible:
+        raise ConfigError(
+            "sequence_parallel='always' must be left to models that attend without a "
+            f"mask, but {type(model).__name__} makes one for "
+            f"seq_length={config.seq_length}; try 'auto'"
         )
+    split = possible and config.sequence_parallel != "never"
+    return Shard(1) if split else Replicate()
 
 
 def check_precision(config: TrainConfig) -> None:

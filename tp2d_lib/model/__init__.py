@@ -2,13 +2,13 @@
 
 from tp2d_lib.model.architecture import (
     build_empty_model,
-    checkpoint_activations,
     compile_blocks,
     device_type,
     load_model_config,
     pick_dtype,
 )
 from tp2d_lib.model.guards import PlanError
+from tp2d_lib.model.recompute import checkpoint_activations
 
 __all__ = [
     "PlanError",

@@ -56,16 +56,7 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             load_model_config(config), dtype=torch.float32, trust_remote_code=False
         )
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
     return model.train()
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each layer in backward instead of storing its activations."""
-    name = "activation_checkpointing_enable"
-    old = "gradient_checkpointing_enable"  # transformers 5.20
-    getattr(model, name if hasattr(model, name) else old)({"use_reentrant": False})
 
 
 def compile_blocks(model: nn.Module) -> None:

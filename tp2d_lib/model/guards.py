@@ -78,13 +78,6 @@ def check_sizes(config: TrainConfig) -> None:
             f"seq_length={config.seq_length} must be at most {longest}, the longest "
             f"sequence of {config.model_name!r}; try {longest}"
         )
-    window = sliding_window(hf)
-    if config.tp_size > 1 and window and config.seq_length > window:
-        raise ConfigError(
-            f"seq_length={config.seq_length} must be at most the sliding window of "
-            f"{config.model_name!r} when tp_size > 1, because its masks would be built "
-            f"for a tp rank's share of the sequence; try {window}"
-        )
 
 
 def sliding_window(hf: PretrainedConfig) -> int | None:
