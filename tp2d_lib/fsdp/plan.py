@@ -140,12 +140,7 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def parallelize(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    dtype: torch.dtype,
-    stream: Placement = Shard(1),
-) -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh, dtype, stream=Shard(1)):
     """Parallelise a model in two dimensions: first over tp, then over dp."""
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"], tensor_parallel_plan(model, stream))
