@@ -23,8 +23,12 @@ test-faults: lint  ## every damage, kill, hang and bad input, the GPUs' checks o
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
 		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py
 
-bench: .venv/installed  ## speed and memory, side by side, as ratios
-	$(BIN)/python scripts/bench.py
+bench: .venv/installed build/bench/accelerate  ## speed and memory, side by side, as ratios
+	PYTHONPATH=build/bench $(BIN)/python scripts/bench.py
+
+# transformers asks for it in one row; where it is installed, each process imports it.
+build/bench/accelerate:
+	$(BIN)/python -m pip install --quiet --no-deps --target build/bench accelerate==1.15.0
 
 sync: .venv/installed  ## write library source into the notebooks' mirrored cells
 	$(BIN)/python scripts/sync_notebooks.py

@@ -22,6 +22,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 # So that `scripts` is found when this file is started by its path; spawn copies it.
@@ -58,6 +59,9 @@ COMPARISONS = {
 }
 
 
+LEFT_OUT = "left out: transformers' DistributedConfig, for want of accelerate"
+
+
 def main() -> None:
     names = ",".join(COMPARISONS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,6 +76,8 @@ def main() -> None:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")
         print(f"{CORES} cores; median (lowest-highest) of {options.rounds} rounds")
+        if not find_spec("accelerate"):
+            print(LEFT_OUT)
         for name in chosen:
             if name == "memory" and sys.platform != "linux":
                 print("\n5. Memory: skipped, this platform has no /proc/self/status")

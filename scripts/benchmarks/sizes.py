@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -61,8 +62,9 @@ PYTORCH = {
     "this project, FSDP2 + DTensor": fsdp,
     "PyTorch's tutorial, FSDP2 + DTensor": peers.plain_pytorch,
     "Ray's template, FSDP2 + DTensor": peers.published_loop,
-    "transformers, DistributedConfig": peers.transformers_distributed,
 }
+if find_spec("accelerate"):  # make bench installs it
+    PYTORCH["transformers, DistributedConfig"] = peers.transformers_distributed
 DEEPSPEED = {
     "this project, AutoTP, ZeRO 1": autotp,
     "DeepSpeed's documentation, ZeRO 1": peers.plain_deepspeed,
