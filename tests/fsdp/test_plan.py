@@ -1,10 +1,17 @@
 """A plan that does not cover a model is an error that names what is left."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
+from torch.distributed.tensor.parallel import (
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
@@ -17,7 +24,7 @@ from tests.support import parity
 from tests.support.demo import make_config
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of
-from tp2d_lib.fsdp.local import on_local_shards
+from tp2d_lib.fsdp.local import equivalent, on_local_shards
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
 from tp2d_lib.model import PlanError
 
@@ -112,7 +119,7 @@ def test_layers_compute_on_plain_tensors_or_the_plan_stays():
     plan = tensor_parallel_plan(empty(Qwen3Config, num_key_value_heads=2, head_dim=8))
     local = on_local_shards(plan)
     kept = [name for name, style in plan.items() if local[name] is style]
-    assert kept == ["model.embed_tokens", "lm_head"]
+    assert kept == ["lm_head"]
     output = PrepareModuleOutput(
         output_layouts=Shard(1), desired_output_layouts=Replicate()
     )
@@ -155,6 +162,39 @@ def test_local_shards_train_as_dtensors_do(name, sequence_parallel, tmp_path, po
 
 def as_written(plan):
     return plan
+
+
+def look_up(vocab, padding):
+    """Run by every rank: whether shards find the rows of the whole, and their gradient.
+
+    FSDP2 warns of a module that returns a view.
+    """
+    mesh, same = init_device_mesh("cpu", (2,)), []
+    for output in (Shard(1), Replicate()):
+        torch.manual_seed(0)
+        whole = nn.Embedding(vocab, 8, padding_idx=padding)
+        shards = copy.deepcopy(whole)
+        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=output)
+        parallelize_module(shards, mesh, equivalent(style))
+        tokens = torch.arange(2 * vocab).remainder(vocab).view(1, -1)
+        expected, weight = whole(tokens), torch.randn(1, 2 * vocab, 8)
+        (expected * weight).sum().backward()
+        if output.is_shard():
+            rank = mesh.get_local_rank()
+            expected, weight = expected.chunk(2, 1)[rank], weight.chunk(2, 1)[rank]
+        got = shards(tokens)
+        (got * weight).sum().backward()
+        same += [torch.equal(got, expected), not got._is_view()]
+        same += [torch.equal(shards.weight.grad.full_tensor(), whole.weight.grad)]
+    return same
+
+
+@pytest.mark.parametrize("vocab", [50, 51])
+@pytest.mark.parametrize("padding", [None, 0, 25, 49])
+def test_embedding_looks_up_its_own_rows(vocab, padding, pools):
+    """A row of padding gets no gradient, on whichever rank it is."""
+    for same in pools(2).run(look_up, vocab, padding):
+        assert all(same), same
 
 
 def load_untied(config):

@@ -34,9 +34,9 @@ gather_single, reduce_single = (
 def on_local_shards(plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     """The same plan with its layers computed on plain tensors.
 
-    Embedding and head stay: the loss takes the head's logits as a DTensor. So does
-    the whole plan if it holds a style that this project does not write, because that
-    may expect a DTensor from the others.
+    The head stays: the loss takes its logits as a DTensor. So does the whole plan if
+    it holds a style that this project does not write, because that may expect a DTensor
+    from the others.
     """
     local = {name: equivalent(style) for name, style in plan.items()}
     return plan if None in local.values() else local
@@ -55,10 +55,12 @@ def equivalent(style: ParallelStyle) -> ParallelStyle | None:
     if kind is ColwiseParallel and style.use_local_output:
         gather = GatherColumns if style.output_layouts == (Replicate(),) else None
         return OnShards(gather, weight=0, bias=0)
-    if kind is RowwiseParallel and style.input_layouts == (Shard(-1),):
+    if kind is RowwiseParallel:
         is_split = style.output_layouts == (Shard(1),)
-        return OnShards(ReduceScatter if is_split else AllReduce, weight=1)
-    return style if kind in (ColwiseParallel, RowwiseParallel) else None
+        add = ReduceScatter if is_split else AllReduce
+        has_parts = style.input_layouts == (Shard(-1),)
+        return OnShards(add, weight=1) if has_parts else OnRows(style, add)
+    return style if kind is ColwiseParallel else None
 
 
 def all_gather(x: torch.Tensor, group: dist.ProcessGroup, dim: int = 1) -> torch.Tensor:
@@ -208,6 +210,45 @@ class OnShards(ParallelStyle):
                     shards[name] = shards[name] / mesh.size()
             out = functional_call(whole, shards, (x,))
             return self.communicate.apply(out, group) if self.communicate else out
+
+        module.forward = forward
+        return module
+
+
+class OnRows(ParallelStyle):
+    """Look tokens up in this rank's rows of an embedding; those of others count as 0.
+
+    Args:
+        style: for a linear layer, of whose input each rank takes its own features.
+        communicate: sums what the ranks have found.
+    """
+
+    def __init__(
+        self, style: RowwiseParallel, communicate: type[torch.autograd.Function]
+    ):
+        self.style, self.communicate = style, communicate
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, nn.Embedding):
+            return self.style._apply(module, mesh)
+        own = copy(module)  # with the forward of its class, which may scale
+        weight = distribute_tensor(module.weight.data, mesh, [Shard(0)])
+        needs_gradient = module.weight.requires_grad
+        module.weight = nn.Parameter(weight, requires_grad=needs_gradient)
+        rows = len(weight.to_local())
+        first = mesh.get_local_rank() * -(-len(weight) // mesh.size())
+        if module.padding_idx is not None:  # a row that gets no gradient
+            here = module.padding_idx - first
+            own.padding_idx = here if 0 <= here < rows else None
+        group = mesh.get_group()
+
+        def forward(tokens: torch.Tensor) -> torch.Tensor:
+            found = tokens - first
+            elsewhere = (found < 0) | (found >= rows)
+            shard, found = module.weight.to_local(), found.masked_fill(elsewhere, 0)
+            out = functional_call(own, {"weight": shard}, (found,))
+            out = out.masked_fill(elsewhere.unsqueeze(-1), 0)
+            return self.communicate.apply(out, group)
 
         module.forward = forward
         return module

@@ -9,7 +9,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.mesh import layout
 from tp2d_lib.monitor import display, watchdog
 
 PREEMPTION_S = 5.0  # between looks for a node that is about to be taken away
@@ -171,8 +170,7 @@ class Watcher:
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self) -> Watcher:
-        ray.get(self.actor.furthest_step.remote())  # until workers can find it
-        self.thread.start()
+        self.thread.start()  # Ray knows the actor by its name before it has started
         return self
 
     def __exit__(self, *_) -> None:
@@ -223,6 +221,8 @@ class Watcher:
 
         The placement asked for may not be what Ray gave.
         """
+        from tp2d_lib.mesh import layout  # here: needs torch, the actor does not
+
         config = self.config
         if self.placed or len(beats) < config.num_workers:
             return
