@@ -173,7 +173,7 @@ def test_the_first_failure_is_told():
 
 def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     """By Ctrl-C, which reaches all of its terminal; then the command it prints."""
-    flags = ["--max_steps", "60", "--run_name", "cut", "--async_checkpoint"]
+    flags = ["--max_steps", "30", "--run_name", "cut", "--async_checkpoint"]
     given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
     config = read_config(given | {"storage_path": str(tmp_path)})
     config = launch.prepare(fsdp.check(config))
@@ -192,9 +192,9 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
 
     out, _ = commands.finish(commands.resume(err))
     assert f"resumed after step {step}" in out
-    assert "step 60/60" in out
-    assert "done: step 60" in out
-    assert commands.shards(cut / "checkpoint-000060") == commands.shards(whole)
+    assert "step 30/30" in out
+    assert "done: step 30" in out
+    assert commands.shards(cut / "checkpoint-000030") == commands.shards(whole)
     starts = list(yaml.safe_load_all((cut / "config.yaml").read_text()))
     assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2
 

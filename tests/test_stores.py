@@ -69,12 +69,16 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-BOTH = [("fsdp", "s3"), ("autotp", "s3")]
-GOOGLE = pytest.param("fsdp", "gs", marks=pytest.mark.faults)
+OTHERS = [
+    pytest.param(*case, marks=pytest.mark.faults)
+    for case in [("autotp", "s3"), ("fsdp", "gs")]
+]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("engine", "runs"), [*BOTH, GOOGLE], indirect=["runs"])
+@pytest.mark.parametrize(
+    ("engine", "runs"), [("fsdp", "s3"), *OTHERS], indirect=["runs"]
+)
 def test_killed_then_resumed_on_another_mesh_and_exported(
     engine, runs, demo_paths, disk, tmp_path, pools
 ):
