@@ -28,10 +28,12 @@ from pathlib import Path
 # So that `scripts` is found when this file is started by its path; spawn copies it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.benchmarks import plot
 from scripts.benchmarks.checkpoints import compare_checkpoints
 from scripts.benchmarks.data import compare_data
 from scripts.benchmarks.harness import CORES, report
 from scripts.benchmarks.memory import compare_memory
+from scripts.benchmarks.runs import compare_ray
 from scripts.benchmarks.sizes import (
     compare_1m,
     compare_26m,
@@ -56,9 +58,11 @@ COMPARISONS = {
     "26M": compare_26m,
     "124M": compare_124m,
     "124M-deepspeed": compare_124m_deepspeed,
+    "ray": compare_ray,
 }
 
 
+PLOT = Path("build/bench.png")
 LEFT_OUT = "left out: transformers' DistributedConfig, for want of accelerate"
 
 
@@ -72,6 +76,7 @@ def main() -> None:
     if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
         parser.error(f"--rounds must be at least 1, --only any of {names}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then as well
+    sizes = {}
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")
@@ -83,7 +88,12 @@ def main() -> None:
                 print("\n5. Memory: skipped, this platform has no /proc/self/status")
                 continue
             compare = COMPARISONS[name]
-            report(compare.__doc__.rstrip(), *compare(options.rounds, storage))
+            rows = report(compare.__doc__.rstrip(), *compare(options.rounds, storage))
+            if name[0].isdigit():  # a size
+                sizes.setdefault(name.split("-")[0], {}).update(rows)
+    if sizes:
+        plot.draw(sizes, PLOT)
+        print(f"\n{PLOT}")
 
 
 if __name__ == "__main__":

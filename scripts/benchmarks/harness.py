@@ -67,14 +67,20 @@ def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
     return values
 
 
-def report(text: str, unit: str, values: dict[str, list[float]]) -> None:
-    """Print a table; every row is also divided by the first one."""
+def report(
+    text: str, unit: str, values: dict[str, list[float]]
+) -> dict[str, list[float]]:
+    """Print a table; returns its rows, but for the first one, divided by that one."""
     first, width = next(iter(values)), max(map(len, values))
+    relative = {}
     print(f"\n{text}\n\n    {'':{width}}{unit:>24}{'x the first row':>20}")
     for name, row in values.items():
         ratios = [a / b for a, b in zip(row, values[first], strict=True)]
         shown = "1" if name == first else spread(ratios)
         print(f"    {name:{width}}{spread(row):>24}{shown:>20}", flush=True)
+        if name != first:
+            relative[name] = ratios
+    return relative
 
 
 def spread(row: list[float]) -> str:

@@ -1,0 +1,71 @@
+"""What Ray and the loop add to a step: the same one in processes, and in a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from scripts.benchmarks.harness import Table, alternate, processes
+from scripts.benchmarks.sizes import SIZES, autotp, fsdp, training, write_model
+from scripts.benchmarks.training import bench_config, step_time
+
+SIZE, STEPS = "26M", 8
+
+
+def time_in_run(storage: str, engine: str) -> float:
+    """Milliseconds per step of a run, but for the first two."""
+    from tp2d_lib import checkpoint, launch
+
+    _, rows, tokens = SIZES[SIZE]
+    config = bench_config(
+        storage,
+        2,
+        2,
+        model_name=f"{storage}/{SIZE}",
+        batch_size_per_gpu=rows // 2,
+        seq_length=tokens,
+        prepared_data=write_rows(f"{storage}/rows", rows * STEPS, tokens),
+        run_name=f"{engine}-{time.time_ns()}",
+        log_interval=2,
+    )
+    module = import_module(f"tp2d_lib.{engine}")
+    config = replace(config, max_steps=STEPS)
+    result = launch.run(module.train_func, config, module.check)
+    _, *later = checkpoint.history(result)
+    return 1000 * median(record["step_time"] for record in later)
+
+
+def write_rows(folder: str, rows: int, tokens: int) -> str:
+    Path(folder).mkdir(exist_ok=True)
+    ids = np.random.default_rng(0).integers(2000, size=(rows, tokens), dtype=np.int32)
+    np.save(f"{folder}/input_ids.npy", ids)
+    np.save(f"{folder}/lengths.npy", np.full(rows, tokens, np.int32))
+    return folder
+
+
+def compare_ray(rounds: int, storage: str) -> Table:
+    """11. Ray: one step of the model of 26 million parameters in four processes, and in
+    a run that Ray started, with its loop, its log and its progress; dp2 x tp2 mesh.
+    """
+    os.environ["RAY_ADDRESS"] = "local"  # a cluster of our own
+    import ray  # here: no other comparison needs it
+
+    write_model(storage, SIZE)
+    with processes(4, threads=1) as ranks:
+        measures = {}
+        for name, build in (("fsdp", fsdp), ("autotp", autotp)):
+            of = (training, storage, SIZE, build, 2, 2)
+            measures[f"{name}, processes"] = partial(step_time, ranks, *of)
+            measures[f"{name}, run"] = partial(time_in_run, storage, name)
+        alternate(1, {name: measures[name] for name in measures if "run" not in name})
+        try:
+            return "ms per step", alternate(rounds, measures)
+        finally:
+            ray.shutdown()
