@@ -32,7 +32,7 @@ from scripts.benchmarks import plot
 from scripts.benchmarks.checkpoints import compare_checkpoints
 from scripts.benchmarks.data import compare_data
 from scripts.benchmarks.harness import CORES, report
-from scripts.benchmarks.memory import compare_memory
+from scripts.benchmarks.memory import compare_memory, compare_peaks
 from scripts.benchmarks.runs import compare_ray
 from scripts.benchmarks.sizes import (
     compare_1m,
@@ -59,6 +59,7 @@ COMPARISONS = {
     "124M": compare_124m,
     "124M-deepspeed": compare_124m_deepspeed,
     "ray": compare_ray,
+    "peaks": compare_peaks,
 }
 
 
@@ -84,8 +85,8 @@ def main() -> None:
         if not find_spec("accelerate"):
             print(LEFT_OUT)
         for name in chosen:
-            if name == "memory" and sys.platform != "linux":
-                print("\n5. Memory: skipped, this platform has no /proc/self/status")
+            if name in ("memory", "peaks") and sys.platform != "linux":
+                print(f"\nskipped: {name}, for want of /proc/self/status")
                 continue
             compare = COMPARISONS[name]
             rows = report(compare.__doc__.rstrip(), *compare(options.rounds, storage))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from statistics import median
 
@@ -37,7 +39,8 @@ def time_in_run(storage: str, engine: str) -> float:
     )
     module = import_module(f"tp2d_lib.{engine}")
     config = replace(config, max_steps=STEPS)
-    result = launch.run(module.train_func, config, module.check)
+    with redirect_stdout(StringIO()):
+        result = launch.run(module.train_func, config, module.check)
     _, *later = checkpoint.history(result)
     return 1000 * median(record["step_time"] for record in later)
 

@@ -27,7 +27,7 @@ BURST = 5  # steps timed as one
 def bench_config(storage: str, dp_size: int, tp_size: int, **settings) -> TrainConfig:
     """The demo with the same global batch on every mesh, and no end of data."""
     settings |= {"dp_size": dp_size, "tp_size": tp_size, "num_epochs": 1000}
-    settings["batch_size_per_gpu"] = ROWS // dp_size
+    settings = {"batch_size_per_gpu": ROWS // dp_size} | settings
     return build_config("demo", storage, max_steps=10_000, **settings)
 
 
