@@ -64,7 +64,6 @@ COMPARISONS = {
 
 
 PLOT = Path("build/bench.png")
-LEFT_OUT = "left out: transformers' DistributedConfig, for want of accelerate"
 
 
 def main() -> None:
@@ -83,7 +82,7 @@ def main() -> None:
         demo.write(f"{storage}/demo")
         print(f"{CORES} cores; median (lowest-highest) of {options.rounds} rounds")
         if not find_spec("accelerate"):
-            print(LEFT_OUT)
+            print("left out: transformers' DistributedConfig, for want of accelerate")
         for name in chosen:
             if name in ("memory", "peaks") and sys.platform != "linux":
                 print(f"\nskipped: {name}, for want of /proc/self/status")

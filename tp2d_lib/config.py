@@ -157,8 +157,8 @@ class TrainConfig:
     activation_checkpointing: str = setting(
         "none",
         "activations that are computed again in backward instead of being stored; "
-        "selective: all but attention's output and, without compile, most products of "
-        "matrices",
+        "selective: all but attention's output and, without compile, most matrix "
+        "products",
         ("none", "selective", "full"),
     )
     reshard_after_forward: bool = setting(

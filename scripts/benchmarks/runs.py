@@ -15,8 +15,15 @@ from statistics import median
 import numpy as np
 
 from scripts.benchmarks.harness import Table, alternate, processes
-from scripts.benchmarks.sizes import SIZES, autotp, fsdp, training, write_model
-from scripts.benchmarks.training import bench_config, step_time
+from scripts.benchmarks.sizes import (
+    SIZES,
+    autotp,
+    config_at,
+    fsdp,
+    training,
+    write_model,
+)
+from scripts.benchmarks.training import step_time
 
 SIZE, STEPS = "26M", 8
 
@@ -26,13 +33,11 @@ def time_in_run(storage: str, engine: str) -> float:
     from tp2d_lib import checkpoint, launch
 
     _, rows, tokens = SIZES[SIZE]
-    config = bench_config(
+    config = config_at(
         storage,
+        SIZE,
         2,
         2,
-        model_name=f"{storage}/{SIZE}",
-        batch_size_per_gpu=rows // 2,
-        seq_length=tokens,
         prepared_data=write_rows(f"{storage}/rows", rows * STEPS, tokens),
         run_name=f"{engine}-{time.time_ns()}",
         log_interval=2,

@@ -71,20 +71,19 @@ DEEPSPEED = {
 }
 
 
+def config_at(storage: str, size: str, dp: int, tp: int, **settings) -> TrainConfig:
+    _, rows, tokens = SIZES[size]
+    settings |= {"model_name": f"{storage}/{size}", "seq_length": tokens}
+    return bench_config(storage, dp, tp, batch_size_per_gpu=rows // dp, **settings)
+
+
 @cache
 def training(storage: str, size: str, build: Callable, dp: int, tp: int) -> Training:
     """Its step, and the same random rows again and again, equal on all tp ranks."""
-    _, rows, tokens = SIZES[size]
-    config = bench_config(
-        storage,
-        dp,
-        tp,
-        model_name=f"{storage}/{size}",
-        batch_size_per_gpu=rows // dp,
-        seq_length=tokens,
-    )
+    config = config_at(storage, size, dp, tp)
     step = build(config)
-    ids = torch.randint(2000, (rows // dp, tokens), generator=torch.Generator())
+    shape = (config.batch_size_per_gpu, config.seq_length)
+    ids = torch.randint(2000, shape, generator=torch.Generator())
     batch = [{"input_ids": ids, "labels": ids}]
     return step, iter(lambda: batch, None)
 

@@ -80,6 +80,21 @@ def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return own
 
 
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum over the ranks, in memory of its own."""
+    whole = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
+def shard(
+    parameter: nn.Parameter, mesh: DeviceMesh, where: Shard | Replicate
+) -> nn.Parameter:
+    """The parameter as a DTensor."""
+    sharded = distribute_tensor(parameter.data, mesh, [where])
+    return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+
+
 class AllGather(torch.autograd.Function):
     """Over the positions; the gradient, a part of a sum on every rank, is summed."""
 
@@ -111,9 +126,7 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        whole = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=group)
-        return whole
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -130,9 +143,7 @@ class SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        whole = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=ctx.group)
-        return whole, None
+        return all_reduce(gradient, ctx.group), None
 
 
 class GatherColumns(torch.autograd.Function):
@@ -192,9 +203,7 @@ class OnShards(ParallelStyle):
         whole = copy(module)  # with the same parameters, and the forward of its class
         for name, parameter in list(module.named_parameters(recurse=False)):
             where = Shard(self.dims[name]) if name in self.dims else Replicate()
-            sharded = distribute_tensor(parameter.data, mesh, [where])
-            sharded = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-            module.register_parameter(name, sharded)
+            module.register_parameter(name, shard(parameter, mesh, where))
         group = mesh.get_group()
         is_part = self.communicate in (AllReduce, ReduceScatter)
         summed = None if self.same else [Partial()]
@@ -232,11 +241,9 @@ class OnRows(ParallelStyle):
         if not isinstance(module, nn.Embedding):
             return self.style._apply(module, mesh)
         own = copy(module)  # with the forward of its class, which may scale
-        weight = distribute_tensor(module.weight.data, mesh, [Shard(0)])
-        needs_gradient = module.weight.requires_grad
-        module.weight = nn.Parameter(weight, requires_grad=needs_gradient)
-        rows = len(weight.to_local())
-        first = mesh.get_local_rank() * -(-len(weight) // mesh.size())
+        module.weight = shard(module.weight, mesh, Shard(0))
+        rows = len(module.weight.to_local())
+        first = mesh.get_local_rank() * -(-len(module.weight) // mesh.size())
         if module.padding_idx is not None:  # a row that gets no gradient
             here = module.padding_idx - first
             own.padding_idx = here if 0 <= here < rows else None
