@@ -154,15 +154,13 @@ def test_tp_size_divides_both_kinds_of_heads(check, tmp_path):
 
 
 @pytest.mark.parametrize("value", [130, 127, 2])
-def test_seq_length_not_divisible(make, value):
-    message = refuse_field(
-        make, "seq_length", value, "divisible by tp_size=4", tp_size=4
-    )
-    length, tp_size = map(
-        int, re.search(r"try (\d+), or tp_size=(\d)", message).groups()
-    )
-    make(seq_length=length, tp_size=4)
-    make(seq_length=value, tp_size=tp_size)
+def test_positions_that_cannot_be_shared_out(make, check, value):
+    rule = "divisible by tp_size=4"
+    message = refuse_field(check, "seq_length", value, rule, tp_size=4)
+    check(seq_length=int(re.search(r"try (\d+), or", message)[1]), tp_size=4)
+    assert message.endswith("or sequence_parallel='never'")
+    check(seq_length=value, tp_size=4, sequence_parallel="never")
+    autotp.check(make(seq_length=value, tp_size=4))
 
 
 @pytest.mark.parametrize(("value", "tp_size"), [(1025, 1), (4096, 2), (2052, 4)])

@@ -187,14 +187,6 @@ def check_combinations(config: Any) -> None:
                 "every node sees, because rows of tokens are memory-mapped; try "
                 f"{name}='/mnt/cluster_storage/data'"
             )
-    length, tp_size = config.seq_length, config.tp_size
-    if length % tp_size:
-        fits = max(length // tp_size, 1) * tp_size
-        raise ConfigError(
-            f"seq_length={length} must be divisible by tp_size={tp_size}, because each "
-            f"tp rank keeps an equal share of the activations; try {fits}, or "
-            f"tp_size={math.gcd(length, tp_size)}"
-        )
 
 
 def make_paths_absolute(config: Any) -> None:

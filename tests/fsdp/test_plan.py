@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     PrepareModuleOutput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from transformers import (
@@ -63,6 +64,14 @@ def test_plan_names_every_kind_of_module_once():
         "model.norm": "SequenceParallel",
         "lm_head": "ColwiseParallel",
     }
+
+
+def test_norm_beside_the_head_has_own_positions():
+    """The head's output is gathered in the published plan, but it is no block's."""
+    model = empty(Qwen3Config, num_key_value_heads=2, head_dim=8)
+    model.norm = copy.deepcopy(model.model.norm)
+    assert "gather" in model.tp_plan["lm_head"]
+    assert isinstance(tensor_parallel_plan(model)["norm"], SequenceParallel)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict
             f"{type(model).__name__} must publish a tp_plan for its layers to be "
             "sharded over tp ranks, but has none; try tp_size=1"
         )
-    whole = {n.rpartition(".")[0] for n, s in published.items() if "gather" in s}
+    gathers = [name for name, style in published.items() if "gather" in style]
+    # The head's output, which it is published for too, is no block's.
+    whole = {name.rpartition(".")[0] for name in gathers if "layers" in name}
     plan = {}
     for name, module in model.named_modules():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)

@@ -48,7 +48,8 @@ def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
     make them for the positions that it sees.
 
     Raises:
-        ConfigError: sequence parallelism is demanded of a model that makes masks.
+        ConfigError: sequence parallelism is demanded of a model that makes masks, or
+            the positions cannot be shared out equally.
     """
     possible = needs_no_mask(model, config)
     if config.sequence_parallel == "always" and config.tp_size > 1 and not possible:
@@ -57,8 +58,16 @@ def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
             f"mask, but {type(model).__name__} makes one for "
             f"seq_length={config.seq_length}; try 'auto'"
         )
-    split = possible and config.sequence_parallel != "never"
-    return Shard(1) if split else Replicate()
+    if not possible or config.sequence_parallel == "never":
+        return Replicate()
+    length, tp_size = config.seq_length, config.tp_size
+    if length % tp_size:
+        raise ConfigError(
+            f"seq_length={length} must be divisible by tp_size={tp_size}, because "
+            "between blocks each tp rank has an equal share of the positions; try "
+            f"{max(length // tp_size, 1) * tp_size}, or sequence_parallel='never'"
+        )
+    return Shard(1)
 
 
 def check_precision(config: TrainConfig) -> None:
