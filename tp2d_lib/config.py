@@ -38,7 +38,8 @@ class TrainConfig:
         None, "commit, tag or branch that pins a Hub model"
     )
     dataset_name: str = setting(
-        "Salesforce/wikitext", "dataset directory, or name on the Hub"
+        "Salesforce/wikitext",
+        "file, folder or glob, several with commas between them, or name on the Hub",
     )
     dataset_config: str | None = setting(
         None, "configuration of a Hub dataset, such as wikitext-2-raw-v1"
@@ -47,12 +48,27 @@ class TrainConfig:
     dataset_percentage: float = setting(
         100.0, "use the first p percent of the documents: train[:p%%]"
     )
-    text_column: str = setting("text", "column that holds the text")
-    seq_length: int = setting(2048, "tokens in one row of a batch")
-    pack: bool = setting(
-        True, "pack joined documents into full rows; off: one padded row per document"
+    text_column: str | None = setting(
+        None,
+        "column that holds text or messages; if omitted, messages, prompt and "
+        "completion, or text",
     )
-    preprocessing_num_workers: int = setting(1, "processes that tokenise")
+    train_on: str = setting(
+        "assistant",
+        "tokens of a conversation that count in the loss: the assistant's, those of "
+        "its last turn, or all",
+        ("assistant", "last", "all"),
+    )
+    seq_length: int = setting(2048, "tokens in one row of a batch")
+    pack: str = setting(
+        "auto",
+        "documents: several in a row, none looks into another; stream: all joined, no "
+        "padding; none: one padded row each; auto: stream for text, else documents",
+        ("auto", "documents", "stream", "none"),
+    )
+    preprocessing_num_workers: int | None = setting(
+        None, "processes that tokenise; if omitted, as many as are worth it"
+    )
     prepared_data: str | None = setting(
         None, "folder of rows from data.prepare; if omitted, prepared before the run"
     )
@@ -61,6 +77,9 @@ class TrainConfig:
         None, "held-out dataset directory or Hub name; if omitted, the training dataset"
     )
     eval_split: str = setting("validation", "split of the held-out data")
+    eval_fraction: float = setting(
+        0.0, "hold out this fraction of the training documents, chosen by their hash"
+    )
     prepared_eval_data: str | None = setting(
         None, "folder of held-out rows; if omitted, prepared before the run"
     )
@@ -223,6 +242,8 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        if isinstance(self.pack, bool):  # as it was once written
+            object.__setattr__(self, "pack", "stream" if self.pack else "none")
         validation.check_types(self)
         validation.check_values(self)
         if self.num_workers is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,15 +16,16 @@ from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
 
 
-def check(config: TrainConfig) -> None:
-    """Find, without tokenising, what would make ``prepare`` fail.
+def check(config: TrainConfig) -> str | None:
+    """``data.check`` for the held-out data, if any is evaluated.
 
     Raises:
         ConfigError: the held-out data cannot be read, or has no such split.
     """
-    if config.eval_every:
-        with held_out(config) as other:
-            data.check(other)
+    if not config.eval_every:
+        return None
+    with held_out(config) as other:
+        return data.check(other)
 
 
 def prepare(config: TrainConfig) -> Path | None:
@@ -41,13 +43,19 @@ def prepare(config: TrainConfig) -> Path | None:
 @contextmanager
 def held_out(config: TrainConfig) -> Iterator[TrainConfig]:
     """The configuration to read held-out data with; errors name the user's fields."""
-    settings = {"dataset_split": config.eval_split, "dataset_percentage": 100}
+    settings = {"prepared_data": config.prepared_eval_data}
+    if not config.eval_fraction:
+        settings |= {"dataset_split": config.eval_split, "dataset_percentage": 100}
     if config.eval_dataset:
         settings |= {"dataset_name": config.eval_dataset, "dataset_config": None}
     try:
-        yield replace(config, **settings, prepared_data=config.prepared_eval_data)
+        yield replace(config, **settings)
     except ConfigError as error:
-        sentence = str(error).replace("dataset_split=", "eval_split=")
+        sentence = re.sub(
+            r"^dataset_split=(.*); try '.*'$",
+            r"eval_split=\1; try eval_fraction=0.01, which holds out one in a hundred",
+            str(error),
+        )
         sentence = sentence.replace("prepared_data=", "prepared_eval_data=")
         if config.eval_dataset:
             sentence = sentence.replace("dataset_name=", "eval_dataset=")
@@ -59,14 +67,10 @@ def batches(config: TrainConfig, dp_rank: int) -> Iterator[dict[str, torch.Tenso
 
     Rows are assigned in order; a row past the last one is all padding.
     """
-    directory = Path(config.prepared_eval_data)
-    rows = np.load(directory / "input_ids.npy", mmap_mode="r")
-    lengths = np.load(directory / "lengths.npy")
+    rows = data.open_rows(Path(config.prepared_eval_data))
     size = config.batch_size_per_gpu
-    for start in range(0, len(rows), config.dp_size * size):
-        ids = start + dp_rank * size + np.arange(size)
-        mine = np.minimum(ids, len(rows) - 1)
-        yield data.micro_batch(rows[mine], np.where(ids < len(rows), lengths[mine], 0))
+    for start in range(0, len(rows.lengths), config.dp_size * size):
+        yield data.micro_batch(rows, start + dp_rank * size + np.arange(size))
 
 
 def evaluate(engine, config: TrainConfig) -> float:

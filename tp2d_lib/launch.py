@@ -235,9 +235,13 @@ def prepare(config: TrainConfig) -> TrainConfig:
     """
     rows, held_out = data.prepare(config), evaluate.prepare(config)
     data.BatchLoader(config, rows, dp_rank=0)  # raises if they fill no global batch
+    print(data.describe(rows), flush=True)
+    if held_out:
+        print(f"held out: {data.describe(held_out)}", flush=True)
     config = replace(
         config,
         run_name=config.run_name or time.strftime("run-%Y%m%d-%H%M%S"),
+        pack=data.pack_of(rows, config),
         prepared_data=str(rows),
         prepared_eval_data=held_out and str(held_out),
     )

@@ -8,6 +8,7 @@ from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
 from tp2d_lib.evaluate import evaluate
+from tp2d_lib.model.attention import check_apart
 from tp2d_lib.monitor import health, progress
 from tp2d_lib.monitor.metrics import Metrics
 from tp2d_lib.monitor.profile import profiler
@@ -23,6 +24,8 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     loader.step, loader.position = state["step"], state["position"]
     start, total = state["step"], state["step"] + loader.steps_left
     driver.notify(engine.notice)
+    if config.pack == "documents":
+        check_apart(engine, config)
     driver.publish({"start": start, "total": total})
     step = start
     metrics = Metrics(engine, config, start, state["history"], driver.publish)

@@ -7,7 +7,7 @@ from torch import nn
 from tp2d_lib import data, evaluate
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import build_empty_model, guards, weights
+from tp2d_lib.model import attention, build_empty_model, guards, weights
 from tp2d_lib.monitor import reporting
 
 
@@ -33,8 +33,8 @@ def check(config: TrainConfig, engine: str) -> tuple[nn.Module, dict]:
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
     storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
     resume.check_engine(engine, config)
-    data.check(config)
-    evaluate.check(config)
+    if "documents" in (data.check(config), evaluate.check(config)):
+        attention.check_documents(model, config)
     if config.report_to:
         reporting.check_installed()
     return model, stored

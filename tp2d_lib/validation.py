@@ -59,7 +59,7 @@ PATHS = (
     "export_to",
 )
 TEXTS = ("partition_config",)  # may have several lines
-NAMES = ("model_name", "dataset_name", "eval_dataset")  # a folder, or a name on the Hub
+NAMES = ("model_name", "dataset_name", "eval_dataset")  # a path, or a name on the Hub
 
 
 type_hints = cache(get_type_hints)  # resolving them takes longer than all the rest
@@ -127,6 +127,11 @@ def check_values(config: Any) -> None:
             f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
             "most 100; try 100"
         )
+    if not 0 <= config.eval_fraction < 1:
+        raise ConfigError(
+            f"eval_fraction={config.eval_fraction:g} must be at least 0 and below 1; "
+            "try 0.01"
+        )
     if not 0 <= config.warmup_ratio <= 1:
         raise ConfigError(
             f"warmup_ratio={config.warmup_ratio:g} must be from 0 to 1; try 0.03"
@@ -174,6 +179,12 @@ def check_combinations(config: Any) -> None:
             "dtype='float16', whose loss is scaled too late for gradients computed in "
             "the forward pass; try loss_chunk_tokens=0"
         )
+    if config.eval_fraction and config.eval_dataset:
+        raise ConfigError(
+            f"eval_fraction={config.eval_fraction:g} cannot be combined with "
+            f"eval_dataset={config.eval_dataset!r}, which is held out already; try "
+            "eval_fraction=0"
+        )
     if "://" in config.storage_path and config.cache_dir is None:
         raise ConfigError(
             f"cache_dir=None must name a folder every node sees when "
@@ -192,19 +203,27 @@ def check_combinations(config: Any) -> None:
 def make_paths_absolute(config: Any) -> None:
     """Make local paths absolute: Ray starts each worker in a directory of its own.
 
-    A name that could also be on the Hub counts as a folder if it is written as a path
-    or if such a folder exists, as in ``from_pretrained``. No file is opened.
+    A name that could also be on the Hub counts as a path if it is written as one or if
+    such a folder exists, as in ``from_pretrained``. No file is opened.
     """
     for name in (*PATHS, *NAMES):
         value = getattr(config, name)
         if value is None or "://" in value:
             continue
-        written_as_path = value.startswith((".", "~", "/"))
-        if name in PATHS or written_as_path or os.path.exists(value):
+        if name in PATHS or os.path.exists(value):
             object.__setattr__(config, name, absolute(value))
+            continue
+        parts = [part.strip() for part in value.split(",")]  # of several datasets
+        parts = [absolute(part) if is_path(part) else part for part in parts]
+        object.__setattr__(config, name, ",".join(parts))
     rules = config.partition_config
     if isinstance(rules, str) and not rules.lstrip().startswith("{"):  # not JSON text
         object.__setattr__(config, "partition_config", absolute(rules))
+
+
+def is_path(name: str) -> bool:
+    written_as_path = name.startswith((".", "~", "/")) or any(c in name for c in "*?[")
+    return written_as_path or os.path.exists(name)
 
 
 def absolute(path: str) -> str:

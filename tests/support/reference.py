@@ -40,7 +40,9 @@ def train(
         valid = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
         total = 0.0
         for input_ids, labels in micro_batches:
-            logits = model(input_ids, attention_mask=(labels != -100).long()).logits
+            # What follows the last label that counts may be padding.
+            mask = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+            logits = model(input_ids, attention_mask=mask.long()).logits
             loss = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
             )

@@ -28,7 +28,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism, weights
-from tp2d_lib.model.attention import attend_causally
+from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import (
     check_replicated_gradients,
@@ -48,6 +48,7 @@ def train_step(
     dp_group, wrapped = engine.mesh.get_group("dp"), engine.wrapped
     valid = valid_tokens(batch).to(engine.device)
     dist.all_reduce(valid, group=dp_group)  # over the global batch
+    valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
     total = torch.zeros((), device=engine.device)
     for micro in batch:
         loss = forward(engine, micro, valid)
@@ -69,12 +70,8 @@ def forward(
     engine: AutoTPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
     """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
-    return engine.wrapped(
-        input_ids=micro["input_ids"].to(engine.device, non_blocking=True),
-        labels=micro["labels"].to(engine.device, non_blocking=True),
-        use_cache=False,
-        num_items_in_batch=valid,
-    ).loss
+    inputs = model_inputs(engine.model, micro, engine.device)
+    return engine.wrapped(**inputs, use_cache=False, num_items_in_batch=valid).loss
 
 
 def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:

@@ -73,10 +73,11 @@ def report(
             *(f"  {name:<12}{size(predicted[name]):>10}" for name in PHASES),
             "  not counted: the allocator's reserve, CUDA's and NCCL's own memory",
             traffic(config, predicted),
-            f"{len(rows.rows):,} rows of {config.seq_length} tokens, "
-            f"{int(rows.lengths.sum()):,} tokens without padding",
+            f"{rows.size:,} rows of {config.seq_length} tokens, "
+            f"{int(rows.rows.lengths.sum()):,} tokens without padding",
+            data.describe(Path(config.prepared_data)),
             f"{steps:,} steps of {config.global_batch_size} rows, "
-            f"{steps * config.global_batch_size / len(rows.rows):.2f} epochs",
+            f"{steps * config.global_batch_size / rows.size:.2f} epochs",
             *held_out(config),
         ]
     )
@@ -149,6 +150,8 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         built.gradients_checked = True  # exclude a collective of the first step only
         shape = (config.batch_size_per_gpu, config.seq_length)
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        if config.pack == "documents":  # with a mask
+            micro["position_ids"] = micro["input_ids"]
         batch = [micro | {"labels": micro["input_ids"]}]
         batch *= config.gradient_accumulation_steps
         live.model = built.model

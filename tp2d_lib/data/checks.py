@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from tp2d_lib.integrity import entry
 from tp2d_lib.model import load_model_config
 
 FILES = ("input_ids.npy", "lengths.npy")
+MASKS = ("loss_mask.npy", "starts.npy")  # where they are needed
 CHECKSUMS = "rows.json"
 PIECE = 1 << 24  # tokens looked at together
 
@@ -23,16 +25,42 @@ class DamageError(ValueError):
     """What is wrong with rows on disk, to be put into a sentence."""
 
 
-def write_checksums(directory: Path) -> int:
-    """Record size and SHA-256 of both files, and the vocabulary they need; returns it.
+class Rows(NamedTuple):
+    """The files of rows, memory-mapped.
+
+    ``input_ids`` is (rows, seq_length), ``lengths`` (rows,); ``loss_mask`` and
+    ``starts``, of the first one's shape, are None if there is no such file.
+    """
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    loss_mask: np.ndarray | None
+    starts: np.ndarray | None
+
+
+def present(directory: Path) -> list[str]:
+    return [*FILES, *(name for name in MASKS if (directory / name).is_file())]
+
+
+def write_checksums(directory: Path, about: dict) -> int:
+    """Record size and SHA-256 of each file, and the vocabulary they need; returns it.
 
     It is the smallest that has all token ids.
+
+    Args:
+        about: what became of the documents, kept for ``data.describe``.
     """
-    files = {name: entry(directory / name) for name in FILES}
+    files = {name: entry(directory / name) for name in present(directory)}
     needed = highest_token(directory) + 1
-    content = {"vocabulary": needed, "files": files}
+    content = {"vocabulary": needed, "files": files, "about": about}
     (directory / CHECKSUMS).write_text(json.dumps(content, indent=1))
     return needed
+
+
+def about(directory: Path) -> dict:
+    """What became of the documents; empty for rows that others have written."""
+    path = directory / CHECKSUMS
+    return json.loads(path.read_bytes()).get("about", {}) if path.exists() else {}
 
 
 def vocabulary(directory: Path) -> int:
@@ -51,7 +79,7 @@ def vocabulary(directory: Path) -> int:
         needed, files = int(stored["vocabulary"]), dict(stored["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise DamageError(f"{CHECKSUMS} has changed") from error
-    for name in FILES:
+    for name in sorted({*files, *present(directory)}):
         if not (directory / name).is_file():
             raise DamageError(f"{name} is missing")
         if entry(directory / name) != files.get(name):
@@ -65,7 +93,7 @@ def highest_token(directory: Path) -> int:
     Raises:
         DamageError: no row, a negative id, or lengths that do not fit the rows.
     """
-    rows, lengths = open_rows(directory)
+    rows, lengths, *_ = open_rows(directory)
     lowest, highest = bounds(lengths)
     if lowest < 1 or highest > rows.shape[1]:
         raise DamageError(f"lengths.npy holds lengths from {lowest} to {highest}")
@@ -75,20 +103,27 @@ def highest_token(directory: Path) -> int:
     return highest
 
 
-def open_rows(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """``input_ids.npy`` (rows, seq_length) and ``lengths.npy`` (rows,), memory-mapped.
+def open_rows(directory: Path) -> Rows:
+    """The files of rows, mapped into memory.
 
     Raises:
         DamageError: a file cannot be read, or the shapes do not fit.
     """
-    rows, lengths = (open_array(directory / name) for name in FILES)
+    rows, lengths = (open_array(directory / name, "iu") for name in FILES)
     if rows.ndim != 2 or lengths.shape != rows.shape[:1] or not rows.size:
         raise DamageError(f"the shapes are {rows.shape} and {lengths.shape}")
-    return rows, lengths
+    masks = [
+        open_array(directory / name, "b") if (directory / name).exists() else None
+        for name in MASKS
+    ]
+    for name, mask in zip(MASKS, masks, strict=True):
+        if mask is not None and mask.shape != rows.shape:
+            raise DamageError(f"{name} has the shape {mask.shape}, not {rows.shape}")
+    return Rows(rows, lengths, *masks)
 
 
-def open_array(path: Path) -> np.ndarray:
-    """A file of integers, mapped into memory.
+def open_array(path: Path, kinds: str) -> np.ndarray:
+    """A file of numbers of one of the kinds, mapped into memory.
 
     Raises:
         DamageError: it is missing, shorter than its header says, or of another type.
@@ -99,8 +134,9 @@ def open_array(path: Path) -> np.ndarray:
         raise DamageError(
             f"{path.name} cannot be read ({first_line(error)})"
         ) from error
-    if array.dtype.kind not in "iu":
-        raise DamageError(f"{path.name} holds {array.dtype}, not integers")
+    if array.dtype.kind not in kinds:
+        wanted = "integers" if "i" in kinds else "bools"
+        raise DamageError(f"{path.name} holds {array.dtype}, not {wanted}")
     return array
 
 

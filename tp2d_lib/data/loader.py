@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data.checks import Rows, open_rows
 from tp2d_lib.data.rows import check_prepared, prepare
-from tp2d_lib.model.chunks import IGNORED
+from tp2d_lib.model.attention import IGNORED
 
 
 class BatchLoader:
@@ -27,17 +28,17 @@ class BatchLoader:
     """
 
     def __init__(self, config: TrainConfig, directory: Path, dp_rank: int):
-        self.rows = np.load(directory / "input_ids.npy", mmap_mode="r")
-        self.lengths = np.load(directory / "lengths.npy")
+        self.rows = open_rows(directory)
         self.config = config
         self.dp_rank = dp_rank
         self.position = self.step = 0
-        self.total_samples = config.num_epochs * len(self.rows)
+        self.size = len(self.rows.lengths)
+        self.total_samples = config.num_epochs * self.size
         if self.steps_left == 0:
             raise ConfigError(
-                f"num_epochs={config.num_epochs} over {len(self.rows)} rows must fill "
+                f"num_epochs={config.num_epochs} over {self.size} rows must fill "
                 f"one global batch of {config.global_batch_size} rows; try "
-                f"num_epochs={-(-config.global_batch_size // len(self.rows))}"
+                f"num_epochs={-(-config.global_batch_size // self.size)}"
             )
 
     @property
@@ -51,7 +52,7 @@ class BatchLoader:
 
     def sample_ids(self, start: int, count: int) -> np.ndarray:
         """Row numbers of samples ``start .. start + count`` of the stream."""
-        size, ids = len(self.rows), []
+        size, ids = self.size, []
         for epoch in range(start // size, (start + count - 1) // size + 1):
             order = epoch_order(size, self.config.seed, epoch)
             first = max(start - epoch * size, 0)
@@ -76,14 +77,33 @@ class BatchLoader:
         return ids.reshape(-1, *shape)[:, self.dp_rank]
 
     def micro_batch(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        return micro_batch(self.rows[ids], self.lengths[ids])
+        return micro_batch(self.rows, ids)
 
 
-def micro_batch(rows: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels``, each (batch, seq) int64; padding has label -100."""
-    input_ids = torch.from_numpy(rows.astype(np.int64))
-    padding = torch.arange(rows.shape[1]) >= torch.from_numpy(lengths).unsqueeze(1)
-    return {"input_ids": input_ids, "labels": input_ids.masked_fill(padding, IGNORED)}
+def micro_batch(rows: Rows, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """Some rows as ``input_ids`` and ``labels``, each (batch, seq) int64.
+
+    The label is -100 where nothing is to be predicted: in padding, which is all that a
+    row past the last one holds, and in what is not trained on. Where no document may
+    look into another there are ``position_ids``, which begin again with each document;
+    the first token of one is predicted by nothing.
+    """
+    last = len(rows.lengths) - 1
+    mine = np.minimum(ids, last)
+    input_ids = rows.input_ids[mine].astype(np.int64)
+    positions = np.arange(input_ids.shape[1])
+    counts = positions < np.where(ids > last, 0, rows.lengths[mine])[:, None]
+    if rows.loss_mask is not None:
+        counts &= rows.loss_mask[mine]
+    batch = {}
+    if rows.starts is not None:
+        starts = rows.starts[mine]
+        counts &= ~starts
+        first = np.maximum.accumulate(positions * starts, axis=1)
+        batch["position_ids"] = torch.from_numpy(positions - first)
+    batch["input_ids"] = torch.from_numpy(input_ids)
+    labels = batch["input_ids"].masked_fill(~torch.from_numpy(counts), IGNORED)
+    return batch | {"labels": labels}
 
 
 @lru_cache(maxsize=2)

@@ -31,7 +31,7 @@ from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, weights
-from tp2d_lib.model.attention import attend_causally
+from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 
@@ -49,6 +49,7 @@ def train_step(
     dp_group = engine.mesh.get_group("dp")
     valid = valid_tokens(batch).to(engine.device)
     dist.all_reduce(valid, group=dp_group)  # over the global batch
+    valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
     loss = torch.zeros((), device=engine.device)
     for number, micro in enumerate(batch, start=1):
         engine.set_communication(is_last=number == len(batch))
@@ -82,17 +83,11 @@ def forward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
     """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
-    input_ids = micro["input_ids"].to(engine.device, non_blocking=True)
-    labels = micro["labels"].to(engine.device, non_blocking=True)
+    seq = micro["input_ids"].shape[1]
     # A tp rank holds seq / tp positions, so the model cannot infer position_ids.
-    positions = torch.arange(input_ids.shape[1], device=engine.device)[None]
-    return engine.model(
-        input_ids=input_ids,
-        position_ids=positions,
-        labels=labels,
-        use_cache=False,
-        num_items_in_batch=valid,
-    ).loss
+    inputs = {"position_ids": torch.arange(seq, device=engine.device)[None]}
+    inputs |= model_inputs(engine.model, micro, engine.device)
+    return engine.model(**inputs, use_cache=False, num_items_in_batch=valid).loss
 
 
 def build_engine(

@@ -23,11 +23,11 @@ from transformers.modeling_outputs import (
 
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.architecture import device_type
+from tp2d_lib.model.attention import IGNORED
 
 MANY = 2**22  # logits on a rank, from which on they are computed in chunks by default
 # Tokens in one of those: enough for a GPU's matrix units, few enough for a CPU's cache.
 CHUNK = {"cuda": 1024, "cpu": 256}
-IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
 
 def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
