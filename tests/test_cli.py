@@ -98,10 +98,10 @@ def test_demo_then_file_then_flags(tmp_path):
     config = read_config(given)
     assert (config.tp_size, config.batch_size_per_gpu, config.max_steps) == (2, 2, 7)
     assert (config.seq_length, config.device) == (128, "cpu")  # the demo's
-    flags = ["--max_steps", "9", "--seq_length", "64", "--no-pack"]
+    flags = ["--max_steps", "9", "--seq_length", "64", "--pack", "none"]
     given = parse("fsdp", "--offline_demo", "--config", str(file), *store, *flags)
     config = read_config(given)
-    assert (config.max_steps, config.seq_length, config.pack) == (9, 64, False)
+    assert (config.max_steps, config.seq_length, config.pack) == (9, 64, "none")
 
 
 @pytest.mark.parametrize(

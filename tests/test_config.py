@@ -94,10 +94,10 @@ def test_not_a_number(make, field):
         ("dp_size", 2.0, "int"),
         ("max_steps", 1.5, "int or None"),
         ("num_workers", "4", "int or None"),
-        ("pack", 1, "bool"),
+        ("pack", 1, "str"),
         ("learning_rate", "1e-5", "float"),
         ("dataset_percentage", True, "float"),
-        ("text_column", None, "str"),
+        ("text_column", 1, "str or None"),
         ("cache_dir", Path("/data"), "str or None"),
     ],
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.texts import sentences, write_texts
-from tp2d_lib import evaluate
+from tp2d_lib import data, evaluate
 from tp2d_lib.config import ConfigError, TrainConfig
 
 HELD_OUT = [*sentences(40), "word " * 300]  # one document longer than a row
@@ -42,7 +42,7 @@ def tokens_of(config) -> list[list[int]]:
 def rows_of(config) -> list[list[int]]:
     """What must be read: all tokens, split by hand."""
     documents = tokens_of(config)
-    if config.pack:
+    if config.pack == "stream":
         documents = [[token for document in documents for token in document]]
     return [
         document[start : start + SEQ]
@@ -83,7 +83,7 @@ def evaluate_on_mesh(engine, configs):
     return losses
 
 
-@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("pack", ["stream", "none"])
 def test_no_token_is_left_out(config, pack):
     config = replace(config, pack=pack)
     folder = evaluate.prepare(config)
@@ -93,7 +93,7 @@ def test_no_token_is_left_out(config, pack):
     assert len(kept) % (config.batch_size_per_gpu * 2)
 
 
-@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("pack", ["stream", "none"])
 def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
     config = replace(config, pack=pack)
     config = replace(config, prepared_eval_data=str(evaluate.prepare(config)))
@@ -121,10 +121,48 @@ def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
 
 
 def test_mistakes_name_the_held_out_data(config):
-    with pytest.raises(ConfigError, match=r"^eval_split='dev' .* which has test; try"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^eval_split='dev' .* which has test; try eval_fraction=0.01",
+    ):
         evaluate.prepare(replace(config, eval_split="dev"))
-    with pytest.raises(ConfigError, match=r"^eval_dataset='gone' must be a folder"):
+    rule = r"^eval_split='dev' .* which has test; try eval_fraction=0.01"
+    with pytest.raises(ConfigError, match=rule):
+        evaluate.prepare(replace(config, eval_split="dev"))
+    with pytest.raises(ConfigError, match=r"^eval_dataset='gone' must be a file"):
         evaluate.prepare(replace(config, eval_dataset="gone"))
+
+
+def test_a_hash_decides_what_is_held_out(config, tmp_path, capsys):
+    """Each document is on one side, on the same one whatever else there is."""
+    texts = [*sentences(400), *sentences(40)]  # some twice
+    config = replace(
+        config,
+        dataset_name=write_texts(tmp_path / "texts", texts),
+        eval_dataset=None,
+        eval_fraction=0.1,
+        pack="none",
+        seq_length=64,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+
+    def documents(rows) -> list[str]:
+        return tokenizer.batch_decode(np.load(rows / "input_ids.npy"), True)
+
+    train, held_out = (
+        documents(data.prepare(config)),
+        documents(evaluate.prepare(config)),
+    )
+    assert sorted(train + held_out) == sorted(texts)
+    assert not set(train) & set(held_out)
+    assert 20 < len(held_out) < 70
+    more = write_texts(tmp_path / "more", [*texts, "Another.", "And another."])
+    again = documents(evaluate.prepare(replace(config, dataset_name=more)))
+    assert set(held_out) <= set(again)
+    said = data.describe(data.prepare(config))
+    assert f"{len(held_out)} on the other side of eval_fraction left out" in said
+    with pytest.raises(ConfigError, match="cannot be combined with eval_data"):
+        replace(config, eval_dataset="other")
 
 
 def test_the_datasets_own_split_is_the_default(config):

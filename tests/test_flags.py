@@ -17,7 +17,6 @@ from tests.support.texts import sentences, write_texts
 from tp2d_lib import data, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.cost import dryrun
-from tp2d_lib.data import rows as rows_module
 
 TESTS = Path(__file__).parent
 SEEN_BY = {
@@ -30,10 +29,12 @@ SEEN_BY = {
     "text_column": "data/test_rows:test_missing_text_column",
     "seq_length": "data/test_rows:test_packed_rows_are_the_joined_documents",
     "pack": "data/test_rows:test_padded_rows_are_one_document_each",
+    "train_on": "data/test_chat:test_only_the_assistant_is_trained_on",
     "preprocessing_num_workers": "test_flags:test_so_many_processes_tokenise",
     "prepared_data": "test_flags:test_prepared_rows_are_taken_as_they_are",
     "eval_dataset": "test_evaluate:test_no_token_is_left_out",
     "eval_split": "test_evaluate:test_the_datasets_own_split_is_the_default",
+    "eval_fraction": "test_evaluate:test_a_hash_decides_what_is_held_out",
     "prepared_eval_data": "test_evaluate:test_equal_on_every_mesh_and_to_one_process",
     "tp_size": "fsdp/test_parity:test_mesh_equals_one_process",
     "dp_size": "fsdp/test_parity:test_mesh_equals_one_process",
@@ -168,7 +169,7 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
         for part, splits in (("first", ["train"]), ("second", ["train", "test"]))
     ]
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(cards)}\n---\n")
-    config = replace(config, dataset_name=str(folder), pack=False)
+    config = replace(config, dataset_name=str(folder), pack="none")
 
     def documents(**settings):
         rows = data.prepare(replace(config, **settings))
@@ -182,13 +183,13 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
 def test_so_many_processes_tokenise(config, monkeypatch):
     """Each writes a file of its own, before the rows are made of them."""
     seen = []
-    fill = rows_module.fill_packed
+    lay_out = data.writing.lay_out
 
-    def look(rows, documents, keep_all):
+    def look(documents, *others):
         seen.append(len(documents.cache_files))
-        fill(rows, documents, keep_all)
+        return lay_out(documents, *others)
 
-    monkeypatch.setattr(rows_module, "fill_packed", look)
+    monkeypatch.setattr(data.writing, "lay_out", look)
     one = data.prepare(config)
     other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
     two = data.prepare(replace(other, preprocessing_num_workers=2))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_rows import change_json, read, refuse
-from tests.support.texts import SEQ, sentences, write_texts
+from tests.support.texts import SEQ, sentences, write_lines, write_texts
 from tp2d_lib import data
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import checks
@@ -47,6 +47,39 @@ def test_cached_rows_are_made_again(config, capsys, name, damage):
     assert read(directory) == rows
     data.prepare(given)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [zero, flip, halve, Path.unlink])
+@pytest.mark.parametrize("name", checks.MASKS)
+def test_masks_are_compared_too(make, tmp_path, capsys, name, damage):
+    pairs = [{"prompt": text, "completion": text} for text in sentences(20)]
+    config = make(dataset_name=write_lines(tmp_path / "pairs", pairs))
+    directory = data.prepare(config)
+    before = [mask.tolist() for mask in data.open_rows(directory)[2:]]
+    damage(directory / name)
+    assert data.prepare(config) == directory
+    assert f"made again, because {name} " in capsys.readouterr().out
+    assert [mask.tolist() for mask in data.open_rows(directory)[2:]] == before
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (np.ones((5, SEQ), np.int8), "loss_mask.npy holds int8, not bools"),
+        (np.ones((4, SEQ), bool), f"the shape (4, {SEQ}), not (5, {SEQ})"),
+    ],
+)
+def test_masks_of_others_are_looked_through(make, tmp_path, mask, sentence):
+    name = foreign(tmp_path / "rows", ROWS, LENGTHS)
+    np.save(Path(name) / "loss_mask.npy", mask)
+    assert sentence in refuse(make(prepared_data=name))
+
+
+def test_a_mask_that_is_added_is_damage(config, capsys):
+    directory = data.prepare(config)
+    np.save(directory / "loss_mask.npy", np.ones((3, SEQ), bool))
+    data.prepare(config)
+    assert "because loss_mask.npy has changed" in capsys.readouterr().out
 
 
 def test_damaged_checksums_are_no_better(config, capsys):

@@ -40,7 +40,7 @@ def read(directory: Path) -> list[list[int]]:
 def all_rows(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Every prepared row as one micro-batch."""
     loader = data.BatchLoader(config, data.prepare(config), dp_rank=0)
-    return loader.micro_batch(np.arange(len(loader.rows)))
+    return loader.micro_batch(np.arange(loader.size))
 
 
 def refuse(config: TrainConfig) -> str:
@@ -70,13 +70,13 @@ def test_packed_rows_are_not_padded(make, tmp_path):
     assert data.valid_tokens([batch]) == len(batch["labels"]) * (SEQ - 1)
 
 
-@pytest.mark.parametrize("pack_rows", [True, False])
-def test_empty_documents_are_left_out(make, tmp_path, pack_rows):
+@pytest.mark.parametrize("pack", ["stream", "none", "documents"])
+def test_empty_documents_are_left_out(make, tmp_path, pack):
     texts = sentences(3)
     holes = ["", texts[0], "  \n", None, texts[1], "", texts[2], *[""] * 1500]
     full = write_texts(tmp_path / "full", texts)
     with_holes = write_texts(tmp_path / "holes", [*holes[7:], *holes])
-    config = make(dataset_name=full, pack=pack_rows)
+    config = make(dataset_name=full, pack=pack)
     rows = read(data.prepare(config))
     assert rows
     assert read(data.prepare(replace(config, dataset_name=with_holes))) == rows
@@ -84,7 +84,7 @@ def test_empty_documents_are_left_out(make, tmp_path, pack_rows):
 
 def test_padded_rows_are_one_document_each(make, tmp_path):
     texts = ["Short.", *sentences(3), "Very long. " * SEQ, "x"]
-    config = make(dataset_name=write_texts(tmp_path / "texts", texts), pack=False)
+    config = make(dataset_name=write_texts(tmp_path / "texts", texts), pack="none")
     documents = [document[:SEQ] for document in encode(config, texts)]
     assert {len(document) < SEQ for document in documents} == {True, False}
     batch = all_rows(config)
@@ -104,8 +104,9 @@ def test_padded_rows_predict_something(make, monkeypatch):
 
     documents = [[], [5], [5, 6], [7], [7, 8, 9]]
     table = {"input_ids": documents, "length": [len(each) for each in documents]}
-    monkeypatch.setattr(data.rows, "tokenize", lambda *_: Dataset.from_dict(table))
-    batch = all_rows(make(pack=False))
+    table["left_out"] = [""] * len(documents)
+    monkeypatch.setattr(data.writing, "tokenize", lambda *_: Dataset.from_dict(table))
+    batch = all_rows(make(pack="none"))
     real = [[t for t in row if t != data.IGNORED] for row in batch["labels"].tolist()]
     assert real == [[5, 6], [7, 8, 9]]
 
@@ -133,7 +134,7 @@ def test_second_prepare_reuses_rows(make, tmp_path, monkeypatch):
     assert {path.name for path in times} == {*data.checks.FILES, data.checks.CHECKSUMS}
 
     again = lambda *_: pytest.fail("tokenised again")  # noqa: E731
-    monkeypatch.setattr(data.rows, "tokenize", again)
+    monkeypatch.setattr(data.writing, "tokenize", again)
     copy = shutil.copytree(config.model_name, tmp_path / "copy")
     for same in (
         {},
@@ -149,7 +150,8 @@ def test_second_prepare_reuses_rows(make, tmp_path, monkeypatch):
     "change",
     [
         {"seq_length": 8},
-        {"pack": False},
+        {"pack": "none"},
+        {"pack": "documents"},
         {"text_column": "title"},
         {"dataset_percentage": 50},
     ],
@@ -199,8 +201,8 @@ def prepare_together(config):
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(config.model_name)  # slow imports, out of the way
-    data.rows.load_builder(config)
-    tokenize, calls = data.rows.tokenize, []
+    data.rows.open_source(config)
+    tokenize, calls = data.writing.tokenize, []
 
     def slow(*args):
         calls.append(args)
@@ -208,7 +210,7 @@ def prepare_together(config):
         return tokenize(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.rows, "tokenize", slow)
+        patch.setattr(data.writing, "tokenize", slow)
         dist.barrier()
         return data.prepare(config), len(calls)
 
@@ -231,11 +233,12 @@ def test_missing_text_column(make, tmp_path):
     name = write_lines(
         tmp_path / "texts", [{"texts": t, "id": 1} for t in sentences(9)]
     )
-    message = refuse(make(dataset_name=name))
-    assert message.startswith("text_column='text' must be a column of")
-    assert name in message
-    assert "texts, id" in message
-    assert message.endswith("try 'texts'")
+    for given, rule in ((None, " must be given for"), ("txt", "='txt' must be a col")):
+        message = refuse(make(dataset_name=name, text_column=given))
+        assert message.startswith(f"text_column{rule}")
+        assert name in message
+        assert "texts, id" in message
+        assert message.endswith("try 'texts'")
     data.prepare(make(dataset_name=name, text_column="texts"))
 
 
@@ -244,11 +247,11 @@ def test_text_column_without_text(make, tmp_path):
     assert "text_column='text' must" in refuse(make(dataset_name=name))
 
 
-@pytest.mark.parametrize("pack_rows", [True, False])
-def test_too_few_tokens_for_a_row(make, tmp_path, pack_rows):
-    texts = ["Few words."] if pack_rows else ["", " "]
+@pytest.mark.parametrize("pack", ["stream", "none", "documents"])
+def test_too_few_tokens_for_a_row(make, tmp_path, pack):
+    texts = ["Few words."] if pack == "stream" else ["", " "]
     name = write_texts(tmp_path / "texts", texts)
-    config = make(dataset_name=name, seq_length=512, pack=pack_rows)
+    config = make(dataset_name=name, seq_length=512, pack=pack)
     tokens = sum(map(len, encode(config, [text for text in texts if text.strip()])))
     message = refuse(config)
     for part in (name, "at least one row", "seq_length=512", f"{tokens} tokens", "try"):
@@ -268,9 +271,7 @@ def test_no_data_there(make, tmp_path, exists):
     if exists:
         folder.mkdir()
     message = refuse(make(dataset_name=str(folder)))
-    assert message.startswith(
-        f"dataset_name={str(folder)!r} must be a folder with data"
-    )
+    assert message.startswith(f"dataset_name={str(folder)!r} must be a file, a folder")
     assert "try 'Salesforce/wikitext'" in message
 
 

@@ -165,8 +165,8 @@ def write_documents(folder: Path, documents: list[dict], kind: str) -> None:
 @given(
     documents=wild.documents,
     kind=st.sampled_from(["parquet", "jsonl"]),
-    column=st.sampled_from(["text", "text", "id", "", "ünï"]),
-    pack=st.booleans(),
+    column=st.sampled_from([None, "text", "id", "", "ünï"]),
+    pack=st.sampled_from(["auto", "documents", "stream", "none"]),
 )
 @cases(10, 150)
 def test_rows_of_datasets(

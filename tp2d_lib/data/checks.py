@@ -42,13 +42,13 @@ def present(directory: Path) -> list[str]:
     return [*FILES, *(name for name in MASKS if (directory / name).is_file())]
 
 
-def write_checksums(directory: Path, about: dict) -> int:
+def write_checksums(directory: Path, about: str) -> int:
     """Record size and SHA-256 of each file, and the vocabulary they need; returns it.
 
     It is the smallest that has all token ids.
 
     Args:
-        about: what became of the documents, kept for ``data.describe``.
+        about: a line about the documents, kept for ``data.describe``.
     """
     files = {name: entry(directory / name) for name in present(directory)}
     needed = highest_token(directory) + 1
@@ -57,10 +57,10 @@ def write_checksums(directory: Path, about: dict) -> int:
     return needed
 
 
-def about(directory: Path) -> dict:
-    """What became of the documents; empty for rows that others have written."""
+def about(directory: Path) -> str | None:
+    """The line about the documents; None for rows that others have written."""
     path = directory / CHECKSUMS
-    return json.loads(path.read_bytes()).get("about", {}) if path.exists() else {}
+    return json.loads(path.read_bytes()).get("about") if path.exists() else None
 
 
 def vocabulary(directory: Path) -> int:

@@ -68,11 +68,7 @@ def load_documents(config: TrainConfig, source: Source) -> list:
         try:
             builder.download_and_prepare()
         except Exception as error:  # each format is read by another library
-            why = fault(source.files, None) or first_line(error.__cause__ or error)
-            raise ConfigError(
-                f"dataset_name={config.dataset_name!r} must hold readable data "
-                f"({why}); try a copy without it, or 'Salesforce/wikitext'"
-            ) from error
+            raise unreadable(config, source, error) from error
     split = config.dataset_split
     sizes = [
         builder.info.splits[split].num_examples if split in builder.info.splits else 0
@@ -97,6 +93,14 @@ def load_documents(config: TrainConfig, source: Source) -> list:
             documents.append(builder.as_dataset(split=part))
             left -= kept
     return documents
+
+
+def unreadable(config: TrainConfig, source: Source, error: Exception) -> ConfigError:
+    why = fault(source.files, None) or first_line(error.__cause__ or error)
+    return ConfigError(
+        f"dataset_name={config.dataset_name!r} must hold readable data ({why}); try a "
+        "copy without it, or 'Salesforce/wikitext'"
+    )
 
 
 def find_columns(config: TrainConfig, documents, source: Source) -> Columns:
@@ -158,28 +162,35 @@ def tokenize(
         A ``datasets.Dataset`` with ``input_ids``, ``length``, ``left_out`` (why, or
         empty) and, where not all are trained on, ``trained``, a bool for each token.
     """
-    from datasets import concatenate_datasets  # here: slow, workers do not need it
+    from datasets import Features, List, Value, concatenate_datasets  # here: slow
 
     found = load_documents(config, source)
     columns = [find_columns(config, documents, source) for documents in found]
     masked = any(each.kind != "text" for each in columns)
+    kinds = {"input_ids": List(Value("int32")), "length": Value("int64")}
+    kinds |= {"left_out": Value("string")}
+    kinds |= {"trained": List(Value("bool"))} if masked else {}
     tokens = []
     for number, (documents, each) in enumerate(zip(found, columns, strict=True)):
         extra = [c for c in ("tools",) if c in documents.column_names]
         kept = documents.select_columns([*each.names, *extra * (each.kind != "text")])
         kept.set_format(None)
-        tokens.append(
-            kept.map(
-                partial(encode, config, tokenizer, each, masked, held_out),
-                batched=True,
-                with_indices=True,
-                remove_columns=kept.column_names,
-                num_proc=processes(config, len(kept)),
-                load_from_cache_file=False,  # our own fingerprint decides about reuse
-                cache_file_name=str(tokens_file.with_stem(f"tokens-{number}")),
-                desc="tokenise",
+        try:
+            tokens.append(
+                kept.map(
+                    partial(encode, config, tokenizer, each, masked, held_out),
+                    batched=True,
+                    with_indices=True,
+                    remove_columns=kept.column_names,
+                    features=Features(kinds),
+                    num_proc=processes(config, len(kept)),
+                    load_from_cache_file=False,  # our own fingerprint decides
+                    cache_file_name=str(tokens_file.with_stem(f"tokens-{number}")),
+                    desc="tokenise",
+                )
             )
-        )
+        except UnicodeDecodeError as error:  # a text is not looked at before
+            raise unreadable(config, source, error) from error
     return concatenate_datasets(tokens)
 
 

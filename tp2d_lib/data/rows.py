@@ -14,7 +14,7 @@ from filelock import FileLock
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import chat, checks
 from tp2d_lib.data.documents import find_columns, load_documents, load_tokenizer
-from tp2d_lib.data.sources import Source, listed, open_source
+from tp2d_lib.data.sources import Source, open_source
 from tp2d_lib.data.writing import write_rows
 
 
@@ -165,20 +165,6 @@ def fingerprint(
 
 
 def describe(directory: Path) -> str:
-    """One line about rows: the documents, their tokens, and all that was left out."""
-    about = checks.about(directory)
-    if not about:
-        return f"{len(checks.open_rows(directory).lengths):,} rows"
-    documents, tokens = about["documents"], about["tokens"]
-    parts = [
-        f"{documents:,} documents, {tokens:,} tokens, "
-        f"{tokens / max(documents, 1):.0f} per document"
-    ]
-    parts += [f"{count:,} {why} left out" for why, count in about["left_out"].items()]
-    if longer := about.get("longer"):
-        parts.append(f"{longer:,} longer than a row")
-    if about["dropped"]:
-        parts.append(f"{about['dropped']:,} tokens dropped")
-    if files := about["files"]:
-        parts.append(f"files not read: {listed(files)}")
-    return "; ".join(parts)
+    """One line about rows: documents, tokens, and all that was left out."""
+    rows = len(checks.open_rows(directory).lengths)
+    return checks.about(directory) or f"{rows:,} rows"

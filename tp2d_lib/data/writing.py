@@ -11,7 +11,7 @@ import numpy as np
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import packing
 from tp2d_lib.data.documents import tokenize
-from tp2d_lib.data.sources import Source
+from tp2d_lib.data.sources import Source, listed
 
 
 def write_rows(
@@ -21,7 +21,7 @@ def write_rows(
     directory: Path,
     pack: str,
     keep_all: bool,
-) -> dict:
+) -> str:
     """Write the files of ``prepare``; returns what ``describe`` tells."""
     cache = directory / "tokens.arrow"
     documents = tokenize(config, tokenizer, source, cache, keep_all)
@@ -45,10 +45,7 @@ def write_rows(
         write_starts(directory / "starts.npy", shape, layout)
     for leftover in directory.glob("tokens*"):  # one from each process
         leftover.unlink()
-    about = account(documents, layout, source)
-    if pack != "stream":
-        about["longer"] = int((lengths > config.seq_length).sum())
-    return about
+    return account(documents, lengths, layout, source, config.seq_length)
 
 
 def lay_out(
@@ -119,19 +116,25 @@ def column(documents, name: str) -> np.ndarray:
     return np.concatenate([b[name].to_numpy() for b in batches] or [np.zeros(0, int)])
 
 
-def account(documents, layout: packing.Layout, source: Source) -> dict:
-    """What became of the documents, in numbers."""
+def account(
+    documents, lengths: np.ndarray, layout: packing.Layout, source: Source, size: int
+) -> str:
+    """One line about the documents, their tokens, and all that was left out."""
     why = Counter()
     reasons = documents.select_columns("left_out").with_format("arrow")
     for batch in reasons.iter(100_000):
         for each in batch["left_out"].value_counts().to_pylist():
             why[each["values"]] += each["counts"]
-    used = why.pop("", 0)
-    tokens = int(layout.pieces.sum())
-    return {
-        "documents": used,
-        "tokens": tokens,
-        "left_out": dict(why),
-        "dropped": tokens - int(layout.filled.sum()),
-        "files": [Path(file).name for file in source.left_out],
-    }
+    used, tokens = why.pop("", 0), int(lengths.sum())
+    longer, dropped = (lengths > size).sum(), tokens - int(layout.filled.sum())
+    parts = [
+        f"{used:,} documents, {tokens:,} tokens, {tokens / max(used, 1):.0f} each",
+        *(f"{count:,} {reason} left out" for reason, count in sorted(why.items())),
+    ]
+    if longer and layout.pieces.size != lengths.size:  # else they are joined anyway
+        parts.append(f"{longer:,} longer than a row")
+    if dropped:
+        parts.append(f"{dropped:,} tokens dropped")
+    if source.left_out:
+        parts.append(f"files not read: {listed(source.left_out)}")
+    return "; ".join(parts)
