@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.texts import sentences, write_texts
 from tp2d_lib import data, evaluate
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.monitor import health
 
 HELD_OUT = [*sentences(40), "word " * 300]  # one document longer than a row
 SEQ = 32
@@ -77,6 +78,7 @@ def evaluate_on_mesh(engine, configs):
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
         losses.append(evaluate.evaluate(built, config))
         assert built.model.training
+        health.check_weights(built, 0)  # as before a checkpoint: sharded again
         micro = next(evaluate.batches(config, mesh["dp"].get_local_rank()))
         built.step([micro])
         losses.append(evaluate.evaluate(built, config))
@@ -160,7 +162,7 @@ def test_a_hash_decides_what_is_held_out(config, tmp_path, capsys):
     again = documents(evaluate.prepare(replace(config, dataset_name=more)))
     assert set(held_out) <= set(again)
     said = data.describe(data.prepare(config))
-    assert f"{len(held_out)} on the other side of eval_fraction left out" in said
+    assert f"; {len(held_out)} held out" in said
     with pytest.raises(ConfigError, match="cannot be combined with eval_data"):
         replace(config, eval_dataset="other")
 

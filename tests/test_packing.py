@@ -1,11 +1,14 @@
 """Documents that share a row train as if each were alone."""
 
+import shutil
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from tests.support import reference
 from tests.support.models import VOCAB_SIZE, write_model
@@ -16,6 +19,9 @@ from tests.support.parity import (
     assert_weights_equal,
     make_config,
 )
+from tp2d_lib import autotp
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model import PlanError
 
 MESHES = [(1, 1), (2, 2), (4, 1)]
 VARIANTS = [("documents", 1, "sgd"), ("documents", 2, "adamw")]
@@ -148,3 +154,45 @@ def test_packed_documents_train_as_if_alone(
             torch.testing.assert_close(list(got[1]), norms, rtol=1e-4, atol=0)
         exported = AutoModelForCausalLM.from_pretrained(folder)
         assert_weights_equal(dict(exported.named_parameters()), weights)
+
+
+def looks_around(engine: str, config, leave_out: str) -> str:
+    """Run by every rank: what ``check_apart`` says of a model that ignores an input."""
+    from tp2d_lib.mesh import build_mesh
+    from tp2d_lib.model.attention import check_apart
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    forward = built.model.forward
+    built.model.forward = lambda **inputs: forward(**inputs | {leave_out: None})
+    with pytest.raises(PlanError) as caught:
+        check_apart(built, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_a_model_that_looks_around_is_found(engine, models, pools, tmp_path):
+    """One that takes the mask and does not use it; the loss alone would not tell."""
+    config = make_config(models["llama"], str(tmp_path), 1, 1, VARIANTS[0])
+    ranks = pools(1, f"{engine}-{MESHES[0]}")
+    (said,) = ranks.run(looks_around, engine, config, "attention_mask")
+    assert "llama must not look from one document into another" in said
+
+
+def test_a_model_without_position_ids_is_refused(tmp_path, demo_paths):
+    """BLOOM tells positions by its mask; DeepSpeed can train it otherwise."""
+    sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 2048}
+    model = AutoModelForCausalLM.from_config(BloomConfig(**sizes))
+    model.save_pretrained(tmp_path / "bloom")
+    for file in Path(demo_paths[0]).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "bloom")
+    config = TrainConfig(
+        model_name=str(tmp_path / "bloom"),
+        dataset_name=demo_paths[1],
+        seq_length=64,
+        storage_path=str(tmp_path),
+        device="cpu",
+    )
+    autotp.check(config)
+    with pytest.raises(ConfigError, match=r"^pack='documents' must be .* try 'stream'"):
+        autotp.check(replace(config, pack="documents"))

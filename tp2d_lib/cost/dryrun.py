@@ -75,7 +75,6 @@ def report(
             traffic(config, predicted),
             f"{rows.size:,} rows of {config.seq_length} tokens, "
             f"{int(rows.rows.lengths.sum()):,} tokens without padding",
-            data.describe(Path(config.prepared_data)),
             f"{steps:,} steps of {config.global_batch_size} rows, "
             f"{steps * config.global_batch_size / rows.size:.2f} epochs",
             *held_out(config),

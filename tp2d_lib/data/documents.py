@@ -17,6 +17,7 @@ from tp2d_lib.data.sources import Source, fault
 
 PAIR = ["prompt", "completion"]
 KNOWN = (["messages"], ["conversations"], PAIR, ["text"])  # in this order
+HELD_OUT, TRAINED_ON = "held out", "trained on"  # the two sides of eval_fraction
 FEW = 2000  # documents for which starting a process takes longer than it saves
 
 
@@ -226,7 +227,7 @@ def encode(
         if any(mask):
             ids[number], trained[number] = tokens, mask
         else:
-            reasons[number] = "without a trained token"
+            reasons[number] = "without a trained token left out"
     out = {"input_ids": ids, "length": list(map(len, ids)), "left_out": reasons}
     return out | {"trained": trained} if masked else out
 
@@ -246,11 +247,11 @@ def why_left_out(config: TrainConfig, document: tuple, held_out: bool) -> str:
     it stays there in every run, and copies of it, too.
     """
     if not all(document) or not all(d.strip() for d in document if isinstance(d, str)):
-        return "empty"
+        return "empty left out"
     if config.eval_fraction:
         content = json.dumps(document, sort_keys=True, default=str).encode()
         digest = hashlib.blake2b(content, digest_size=8).digest()
         is_out = int.from_bytes(digest) < config.eval_fraction * 2**64
         if is_out != held_out:
-            return "on the other side of eval_fraction"
+            return HELD_OUT if is_out else TRAINED_ON
     return ""

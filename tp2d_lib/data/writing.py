@@ -10,7 +10,7 @@ import numpy as np
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import packing
-from tp2d_lib.data.documents import tokenize
+from tp2d_lib.data.documents import TRAINED_ON, tokenize
 from tp2d_lib.data.sources import Source, listed
 
 
@@ -126,11 +126,15 @@ def account(
         for each in batch["left_out"].value_counts().to_pylist():
             why[each["values"]] += each["counts"]
     used, tokens = why.pop("", 0), int(lengths.sum())
+    del why[TRAINED_ON]  # nobody expects those here
     longer, dropped = (lengths > size).sum(), tokens - int(layout.filled.sum())
     parts = [
-        f"{used:,} documents, {tokens:,} tokens, {tokens / max(used, 1):.0f} each",
-        *(f"{count:,} {reason} left out" for reason, count in sorted(why.items())),
+        f"{used:,} documents, {tokens:,} tokens ({tokens / max(used, 1):.0f} each)",
+        *(f"{count:,} {reason}" for reason, count in sorted(why.items())),
     ]
+    if "trained" in documents.column_names:
+        trained = sum(int(mask.sum()) for mask in flat(documents, "trained"))
+        parts[0] += f", {trained:,} of them trained on"
     if longer and layout.pieces.size != lengths.size:  # else they are joined anyway
         parts.append(f"{longer:,} longer than a row")
     if dropped:

@@ -192,6 +192,7 @@ class FSDPEngine:
         one = torch.ones((), device=self.device)
         with loss_parallel() if self.mesh["tp"].size() > 1 else nullcontext():
             loss = forward(self, micro, one)
+        self.model.reshard()  # the last group stays gathered for a backward
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def state_dict(self) -> dict:

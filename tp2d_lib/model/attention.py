@@ -99,7 +99,7 @@ def check_apart(engine, config: TrainConfig) -> None:
     half = next(engine.model.parameters()).dtype != torch.float32 or config.autocast
     if (behind - before).abs() > (5e-3 if half else 1e-5) * before.abs():
         raise PlanError(
-            f"{type(engine.model).__name__} must not look from one document into "
+            f"{engine.model.config.model_type} must not look from one document into "
             f"another, but a loss of {before:.6f} became {behind:.6f} behind another; "
             "try pack='stream' or 'none'"
         )
