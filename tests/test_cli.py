@@ -104,6 +104,51 @@ def test_demo_then_file_then_flags(tmp_path):
     assert (config.max_steps, config.seq_length, config.pack) == (9, 64, "none")
 
 
+def test_numbers_of_yaml_are_numbers(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("tp_size: 2\nlearning_rate: 1e-5\nwarmup_ratio: 1E-1\n")
+    config = read_config({"config": str(file)})
+    assert (config.learning_rate, config.warmup_ratio) == (1e-5, 0.1)
+    file.write_text("tp_size: 2\nlearning_rate: fast\n")
+    with pytest.raises(ConfigError, match="learning_rate='fast' must be float"):
+        read_config({"config": str(file)})
+
+
+def test_flags_as_people_type_them():
+    for flag in ("--batch_size", "--batch_size_per_gpu", "--batch-size"):
+        assert parse("fsdp", flag, "4") == {"batch_size_per_gpu": 4}
+    assert parse("fsdp", "--no-compile") == {"compile": False}
+    name = parse("fsdp", "--model-name", "some-model", "--run-name=a-b")
+    assert name == {"model_name": "some-model", "run_name": "a-b"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate; did you mean --learning_rate?"),
+        (["--zero_stage=1"], "--zero_stage; did you mean "),  # DeepSpeed's
+        (["--tp_size", "two"], "argument --tp_size: invalid int value: 'two'"),
+        (["--eval", "3"], "--eval could match --eval_dataset, --eval_split"),
+        (["--max_steps"], "argument --max_steps: expected one argument"),
+        (["train"], "unknown argument train; did you mean"),
+    ],
+)
+def test_a_mistyped_flag_gets_one_line(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("fsdp", *argv)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line
+
+
+def test_usage_is_short(capsys):
+    with pytest.raises(SystemExit):
+        parse("fsdp", "--help")
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert usage.count("\n") < 2
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -193,7 +238,8 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     out, _ = commands.finish(commands.resume(err))
     assert f"resumed after step {step}" in out
     assert "step 30/30" in out
-    assert "done: step 30" in out
+    assert re.search("^done: step 30, loss [0-9.]+, .*checkpoint-000030$", out, re.M)
+    assert out.endswith(f"curves: tensorboard --logdir {cut}/tensorboard\n")
     assert commands.shards(cut / "checkpoint-000030") == commands.shards(whole)
     starts = list(yaml.safe_load_all((cut / "config.yaml").read_text()))
     assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2

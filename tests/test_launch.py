@@ -1,7 +1,10 @@
 """Runs through Ray Train: resources checked, runs continued, errors passed on."""
 
 import json
+import logging
 import os
+import re
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,14 +88,23 @@ def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
 
 
 def fails(config):
+    print("rank", dist.get_rank(), "speaks")
+    warnings.warn("not to be shown", stacklevel=1)
+    logging.getLogger().warning("nor this")
     raise RuntimeError("the third layer melted")
 
 
-def test_a_workers_error_reaches_the_driver(cluster, tmp_path):
+def test_a_workers_error_and_prints_reach_the_driver(cluster, tmp_path, capfd):
     cluster()
-    config = build_config("demo", str(tmp_path), max_failures=0)
+    config = build_config("demo", str(tmp_path), max_failures=0, tp_size=2)
     with pytest.raises(Failed, match="RuntimeError: the third layer melted\nno check"):
         launch.run(fails, config, fsdp.check)
+    said, others = capfd.readouterr()
+    rows, started, spoken = said.splitlines()[-3:]
+    assert re.fullmatch("started 2 workers in [0-9]+ s", started)
+    assert " documents, " in rows
+    assert spoken == "rank 0 speaks"
+    assert "nor this" not in others
 
 
 def kills_the_progress_actor(config):

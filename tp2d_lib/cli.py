@@ -79,8 +79,9 @@ def dry_run(engine: str, config: TrainConfig) -> int:
 
 def train(train_func, config: TrainConfig, argv: list[str]) -> int:
     from tp2d_lib import attempts, checkpoint, launch, store
+    from tp2d_lib.checkpoint import manifest
 
-    print(launch.as_yaml(config), flush=True)
+    print(summary(config), flush=True)
     try:
         result = launch.train(train_func, config)
     except (attempts.Failed, attempts.Stopped) as error:
@@ -88,8 +89,34 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
         return 1
     last = checkpoint.history(result)[-1]
     where = store.from_ray(result.checkpoint)
-    print(f"done: step {last['step']}, loss {last['loss']:.4f}, {where}")
+    losses = f"loss {last['loss']:.4f}"
+    if "eval_loss" in last:
+        losses += f", validation loss {last['eval_loss']:.4f}"
+    print(f"done: step {last['step']}, {losses}, {where}")
+    if config.export_to:
+        print(f"exported to {config.export_to}")
+    print(f"curves: tensorboard --logdir {manifest.run_folder(config) / 'tensorboard'}")
     return 0
+
+
+def summary(config: TrainConfig) -> str:
+    """What will run where on what, in a few lines; the rest is in the run's folder."""
+    from tp2d_lib import data, model
+    from tp2d_lib.checkpoint import manifest
+
+    empty = model.build_empty_model(config)
+    size = sum(parameter.numel() for parameter in empty.parameters())
+    rows = data.BatchLoader(config, Path(config.prepared_data), dp_rank=0)
+    device = {"cuda": "GPU", "cpu": "CPU"}[config.device]
+    return "\n".join(
+        [
+            f"model: {config.model_name}, {size:,} parameters, {config.dtype}",
+            f"mesh: tp {config.tp_size} x dp {config.dp_size}, a {device} process each",
+            f"rows: {rows.size:,} of {config.seq_length} tokens, "
+            f"{config.global_batch_size} in each of {rows.steps_left:,} steps",
+            f"run: {manifest.run_folder(config)}, with all settings in config.yaml",
+        ]
+    )
 
 
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:

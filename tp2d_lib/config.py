@@ -62,8 +62,9 @@ class TrainConfig:
     seq_length: int = setting(2048, "tokens in one row of a batch")
     pack: str = setting(
         "auto",
-        "documents: several in a row, none looks into another; stream: all joined, no "
-        "padding; none: one padded row each; auto: stream for text, else documents",
+        "how documents share rows; documents: none looks into another; stream: all "
+        "joined, no padding; none: one padded row each; auto: stream for text, else "
+        "documents",
         ("auto", "documents", "stream", "none"),
     )
     preprocessing_num_workers: int | None = setting(

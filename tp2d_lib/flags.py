@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,7 +19,7 @@ from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 from tp2d_lib.validation import check_run_name
 
-FLAGS = {"batch_size_per_gpu": "batch_size"}  # the only flag not named after its field
+FLAGS = {"batch_size_per_gpu": "batch_size"}  # the published name, besides the field's
 GROUPS = {  # the field that begins a group of flags -> its title
     "model_name": "model and data",
     "tp_size": "mesh",
@@ -31,8 +33,22 @@ ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields'
 class Parser(argparse.ArgumentParser):
     """Refuses bad flags like everything else: in one line, with exit code 2."""
 
+    def parse_args(self, argv: list[str], namespace=None) -> argparse.Namespace:
+        """``--batch-size`` is ``--batch_size``; only ``--no-`` is written so."""
+        argv = [re.sub(r"^--(?!no-)[\w-]+", underscored, word) for word in argv]
+        known, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            flags = [name for name in self._option_string_actions if name[:2] == "--"]
+            self.error(f"unknown argument {flag}; did you mean {closest(flag, flags)}?")
+        return known
+
     def error(self, message: str):
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
+
+
+def underscored(flag: re.Match) -> str:
+    return "--" + flag[0][2:].replace("-", "_")
 
 
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
@@ -40,7 +56,11 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
 
     A flag that is not given sets no value, so that the file's or the demo's applies.
     """
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s --tp_size N [--config FILE.yaml] [--FIELD VALUE ...]",
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="values; flags override")
     parser.add_argument(
         "--offline_demo",
@@ -58,9 +78,8 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[f.name])
         others = tuple(text for name, text in ONLY.items() if name != engine)
         if not f.metadata["help"].startswith(others):
-            group.add_argument(
-                f"--{FLAGS.get(f.name, f.name)}", dest=f.name, **options(f, hints)
-            )
+            names = dict.fromkeys(f"--{n}" for n in (FLAGS.get(f.name, f.name), f.name))
+            group.add_argument(*names, dest=f.name, **options(f, hints))
     group.add_argument(
         "--resume_from", metavar="RUN", help="resume the run with this run_name"
     )
@@ -175,7 +194,15 @@ def values_in(path: Path | store.RemotePath) -> dict[str, Any]:
                 f"{key!r} in config={str(path)!r} must be a field of TrainConfig; "
                 f"try {closest(key, names)!r}"
             )
-    return {names[key]: value for key, value in values.items()}
+    return {names[key]: number(names[key], value) for key, value in values.items()}
+
+
+def number(name: str, value: Any) -> Any:
+    """The value of a field; YAML 1.1 takes 1e-5, without a point, for text."""
+    if isinstance(value, str) and type(getattr(TrainConfig, name)) is float:
+        with suppress(ValueError):  # the field's check has the better sentence
+            return float(value)
+    return value
 
 
 def check_run_exists(config: TrainConfig) -> None:

@@ -55,11 +55,29 @@ def last(run) -> str | None:
     return checkpoint.last_of(of)
 
 
+SAID = (  # all that a command prints; nothing of what it is built on
+    r"(held out: )?[\d,]+ documents, [\d,]+ tokens .*",
+    r"model: \S+, [\d,]+ parameters, \w+",
+    r"mesh: tp \d x dp \d, a CPU process each",
+    r"rows: [\d,]+ of \d+ tokens, \d+ in each of [\d,]+ steps",
+    r"run: \S+, with all settings in config.yaml",
+    r"(started a|joined the) Ray cluster .*",
+    r"started \d workers in \d+ s",
+    r"(no GPU: float32 throughout|dtype=).*",
+    r"\[[#.]{10}\] step .*",
+    r"step \d+: eval_loss [\d.]+",
+    r"(resumed after step|changed since step|done: step|exported to|curves:) .*",
+    r"(restart|SIGINT|SIGTERM|preemption|waiting|dp_size|nothing left) ?.*",
+)
+
+
 def finish(process, code=0) -> tuple[str, str]:
     """What a command printed, when it has ended as it must."""
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     assert "Traceback" not in err
+    unknown = [x for x in out.splitlines() if not re.fullmatch("|".join(SAID), x)]
+    assert not unknown
     return out, err
 
 

@@ -20,7 +20,11 @@ def line(record: dict, total: int) -> str:
 
 
 def in_notebook() -> Callable[..., None] | None:
-    """Update one output in place, so that only the last line stays on the page."""
+    """Update one output in place, so that only the last line stays on the page.
+
+    Like ``on_terminal``, it returns a function whose attribute ``live`` tells whether a
+    line can be rewritten.
+    """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if not hasattr(shell, "kernel"):  # the libraries may be loaded outside of one
         return None
@@ -34,6 +38,7 @@ def in_notebook() -> Callable[..., None] | None:
         if done:
             finished.append(text)
 
+    show.live = True
     return show
 
 
@@ -46,4 +51,5 @@ def on_terminal() -> Callable[..., None]:
             text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if done or not live else "", flush=True)
 
+    show.live = live
     return show

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from tp2d_lib.checkpoint import lease
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.monitor import prints
+from tp2d_lib.monitor.progress import WorkerProgress
 from tp2d_lib.monitor.watchdog import Hang, beating
 
 PERMANENT = (
@@ -45,8 +47,9 @@ def on_rank(
     """
     lease.holder = holder
     os.environ.update(secrets)
+    driver = WorkerProgress(config.run_name)
     try:
-        with beating(config):
+        with beating(config), prints.shown(driver.notify):
             train_func(config)
     except Exception as error:
         sentence = (str(error).strip().splitlines() or [""])[0]
@@ -54,6 +57,8 @@ def on_rank(
         raise RankFailed(
             f"{time.time():.3f} {host} {type(error).__name__}: {sentence}"
         ) from error
+    finally:
+        driver.flush()
 
 
 def first(error: Exception) -> str:

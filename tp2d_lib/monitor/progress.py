@@ -98,6 +98,7 @@ class WorkerProgress:
 
         self.publishes = dist.get_rank() == 0
         self.answer, self.now, self.looked = None, 0.0, 0.0
+        self.sent = None
         self.stepped = False
         try:
             self.actor = ray.get_actor(watchdog.actor_name(run_name))
@@ -106,7 +107,12 @@ class WorkerProgress:
 
     def publish(self, record: dict) -> None:
         if self.actor and self.publishes:
-            self.actor.add.remote(record)
+            self.sent = self.actor.add.remote(record)
+
+    def flush(self) -> None:
+        """Wait until what was published has arrived, before this process may end."""
+        if self.sent:
+            ray.wait([self.sent], timeout=5)
 
     def notify(self, text: str) -> None:
         """Show a line of text to the user, once."""
@@ -162,6 +168,7 @@ class Watcher:
         self.actor = actor.remote()
         self.show = display.in_notebook() or display.on_terminal()
         self.total = 0
+        self.began: float | None = time.monotonic()  # None once a rank has spoken
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
         self.ended: Exception | None = None
         self.placed = False  # whether all ranks were seen, and where they are
@@ -198,7 +205,7 @@ class Watcher:
 
     def begin_attempt(self) -> None:
         with self.guarding:
-            self.placed = False
+            self.placed, self.began = False, time.monotonic()
             ray.get(self.actor.begin_attempt.remote())
             self.watchdog.begin_attempt()
             if isinstance(self.ended, watchdog.Hang):
@@ -257,11 +264,21 @@ class Watcher:
     def watch(self) -> None:
         while not self.done.wait(0.5):
             self.poll()
+            if self.began and self.show.live:
+                self.show(f"starting {self.took('...')}")
             with self.guarding:
                 self.guard()
 
+    def took(self, word: str) -> str:
+        """So many workers, and the time since they were asked for."""
+        seconds = time.monotonic() - self.began
+        return f"{self.config.num_workers} workers {word} {seconds:.0f} s"
+
     def poll(self) -> None:
         for record in ray.get(self.actor.take.remote()):
+            if self.began:
+                self.show(f"started {self.took('in')}", done=True)
+                self.began = None
             if "notice" in record:
                 self.show(record["notice"], done=True)
             elif "total" in record:
