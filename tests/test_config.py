@@ -15,7 +15,14 @@ from tests.support.models import write_model
 from tp2d_lib import fsdp, placement
 from tp2d_lib.autotp import preflight as autotp
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.validation import NAMES, NOT_NEGATIVE, PATHS, POSITIVE
+from tp2d_lib.validation import (
+    BELOW_1,
+    FROM_0_TO_1,
+    NAMES,
+    NOT_NEGATIVE,
+    PATHS,
+    POSITIVE,
+)
 
 FIELDS = TrainConfig.__dataclass_fields__
 
@@ -192,14 +199,20 @@ def test_dataset_percentage(make, value):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
-def test_warmup_ratio(make, value):
-    message = refuse_field(make, "warmup_ratio", value, "from 0 to 1")
-    make(warmup_ratio=proposal(message))
+@pytest.mark.parametrize("field", FROM_0_TO_1)
+def test_fractions(make, field, value):
+    message = refuse_field(make, field, value, "from 0 to 1")
+    make(**{field: proposal(message)})
+    make(**{field: 0})
+    make(**{field: 1})
 
 
-@pytest.mark.parametrize("edge", [0, 1])
-def test_warmup_ratio_at_its_edges(make, edge):
-    make(warmup_ratio=edge)
+@pytest.mark.parametrize("value", [-0.1, 1, float("nan")])
+@pytest.mark.parametrize("field", BELOW_1)
+def test_fractions_below_one(make, field, value):
+    message = refuse_field(make, field, value, "at least 0 and below 1")
+    make(**{field: proposal(message)})
+    make(**{field: 0})
 
 
 @pytest.mark.parametrize(

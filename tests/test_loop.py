@@ -4,10 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
-from tp2d_lib.loop import SaveSchedule, learning_rate
+from tp2d_lib.loop import SaveSchedule
 from tp2d_lib.presets import build_config
+from tp2d_lib.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +31,45 @@ def test_warm_up_is_linear_and_reaches_the_peak(config):
     assert got[10:] == [1.0] * 90
 
 
-def test_cosine_is_the_one_of_transformers(config):
+SCHEDULES = {
+    "cosine": get_cosine_with_min_lr_schedule_with_warmup,
+    "warmup_stable_decay": get_wsd_schedule,
+    "linear": get_linear_schedule_with_warmup,
+}
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.1])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_those_of_transformers(config, name, lowest):
     """After the warm-up; in it, theirs wastes the first step on a rate of zero."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    settings = {"num_warmup_steps": 10, "num_training_steps": 100}
+    if name == "warmup_stable_decay":
+        settings |= {"num_decay_steps": 20, "min_lr_ratio": lowest}
+    elif name == "cosine":
+        settings |= {"min_lr_rate": lowest}
+    schedule = SCHEDULES[name](optimizer, **settings)
     expected = []
     for _ in range(100):
-        expected.append(schedule.get_last_lr()[0])
+        rate = schedule.get_last_lr()[0]
+        expected.append(lowest + (1 - lowest) * rate if name == "linear" else rate)
         optimizer.step()
         schedule.step()
-    got = rates(config, 100, warmup_ratio=0.1, lr_scheduler_type="cosine")
+    own = {"lr_scheduler_type": name, "min_lr_ratio": lowest, "decay_ratio": 0.2}
+    got = rates(config, 100, warmup_ratio=0.1, **own)
     assert got[10:] == pytest.approx(expected[10:])
-    assert 0 < got[-1] < 0.01
+    assert rates(config, 100, warmup_ratio=0.5, warmup_steps=10, **own) == got
+    assert lowest < got[-1] < lowest + 0.02
+
+
+def test_short_runs_have_a_rate(config):
+    """Whatever the fractions: each step has one, and the first is not zero."""
+    for name in (*SCHEDULES, "constant"):
+        for total in range(1, 6):
+            for warmup in (0, 1, 3, 9):
+                own = {"warmup_steps": warmup, "decay_ratio": 1.0}
+                got = rates(config, total, lr_scheduler_type=name, **own)
+                assert all(0 < rate <= 1 for rate in got), (name, total, warmup)
 
 
 def test_no_warm_up(config):

@@ -121,11 +121,37 @@ class TrainConfig:
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
     optimizer: str = setting("adamw", "optimizer", ("adamw", "sgd"))
     learning_rate: float = setting(1e-5, "peak learning rate")
+    adam_beta1: float = setting(0.9, "AdamW's decay of the mean of gradients")
+    adam_beta2: float = setting(0.999, "AdamW's decay of the mean of their squares")
+    adam_epsilon: float = setting(1e-8, "what AdamW adds to its denominator")
     lr_scheduler_type: str = setting(
-        "cosine", "schedule after the linear warm-up", ("cosine", "constant")
+        "cosine",
+        "schedule after the linear warm-up",
+        ("cosine", "linear", "constant", "warmup_stable_decay"),
     )
     warmup_ratio: float = setting(0.03, "fraction of steps used for warm-up, 0 to 1")
+    warmup_steps: int | None = setting(
+        None, "steps used for warm-up; if omitted, by warmup_ratio"
+    )
+    decay_ratio: float = setting(
+        0.1, "fraction of steps in which warmup_stable_decay goes down, 0 to 1"
+    )
+    min_lr_ratio: float = setting(
+        0.0, "learning rate at the end, as a fraction of the peak, 0 to 1"
+    )
     weight_decay: float = setting(0.01, "decoupled weight decay (SGD: L2)")
+    decay: str = setting(
+        "all",
+        "what weight_decay shrinks: all, or matrices: no norms and no biases",
+        ("all", "matrices"),
+    )
+    label_smoothing_factor: float = setting(
+        0.0, "share of a label that is spread over the vocabulary, below 1"
+    )
+    z_loss: float = setting(
+        0.0,
+        "weight of log(Z)^2 in the loss, where Z normalises the softmax; PaLM: 1e-4",
+    )
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
     nonfinite: str = setting(
         "stop",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
@@ -12,12 +12,25 @@ from tp2d_lib.model.attention import check_apart
 from tp2d_lib.monitor import health, progress
 from tp2d_lib.monitor.metrics import Metrics
 from tp2d_lib.monitor.profile import profiler
+from tp2d_lib.schedule import learning_rate
 
 
-def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
+def run(
+    engine,
+    loader: BatchLoader,
+    config: TrainConfig,
+    schedule: Callable[[int, int, TrainConfig], float] = learning_rate,
+    on_step_end: Callable[..., dict[str, float] | None] = lambda engine, step: None,
+) -> None:
     """Train from the latest checkpoint, or from the start, to the end of the data.
 
     When the driver requests a stop, the current step is the last one and is saved.
+
+    Args:
+        schedule: the learning rate of a step, counted from 1, of so many. A group of
+            the optimizer may have an ``lr_scale`` and a ``weight_decay_scale``.
+        on_step_end: called on every rank after each step; the numbers that it returns
+            on rank 0 are logged to TensorBoard.
     """
     driver = progress.WorkerProgress(config.run_name)
     state = checkpoint.restore(engine, config, driver.notify)
@@ -29,21 +42,23 @@ def run(engine, loader: BatchLoader, config: TrainConfig) -> None:
     driver.publish({"start": start, "total": total})
     step = start
     metrics = Metrics(engine, config, start, state["history"], driver.publish)
-    schedule = SaveSchedule(config)
+    saving = SaveSchedule(config)
     with profiler(config) as profile:
         for step, batch in enumerate(loader, start=start + 1):
             driver.begin(step)
-            rate = learning_rate(step, total, config)
+            rate = schedule(step, total, config)
             for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-                group["weight_decay"] = config.weight_decay  # else the checkpoint's
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+                decay = config.weight_decay  # else the checkpoint's
+                group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
             loss, grad_norm = engine.step(batch)
+            metrics.log_own(step, on_step_end(engine, step))
             profile.step()
             metrics.add(batch, loss, grad_norm)
             stop = driver.should_stop()
             last = stop or step == total
             evaluates = is_due(step, config.eval_every, step == total)
-            saves = schedule.is_due(step, driver.now) or last
+            saves = saving.is_due(step, driver.now) or last
             if saves or evaluates or step % config.log_interval == 0:
                 metrics.log(step, rate, loader)  # no step goes unlogged
             if evaluates:
@@ -93,17 +108,3 @@ class SaveSchedule:
 def is_due(step: int, every: int, last: bool) -> bool:
     """Whether a task done once per ``every`` steps (0: never) is due at this step."""
     return every > 0 and (last or step % every == 0)
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of a step, counted from 1: linear warm-up, then cosine to 0 or constant.
-
-    A function of the step alone, so that a resumed run needs no scheduler state.
-    """
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    done = (step - warmup - 1) / max(total - warmup, 1)
-    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2

@@ -35,6 +35,7 @@ POSITIVE = {  # field -> a value that works
     "num_epochs": 1,
     "max_steps": 100,
     "learning_rate": 1e-5,
+    "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
     "save_total_limit": 2,
     "hang_timeout": 600,
@@ -42,6 +43,8 @@ POSITIVE = {  # field -> a value that works
 }
 NOT_NEGATIVE = (
     "weight_decay",
+    "z_loss",
+    "warmup_steps",
     "eval_every",
     "checkpoint_every",
     "checkpoint_minutes",
@@ -50,6 +53,13 @@ NOT_NEGATIVE = (
     "loss_chunk_tokens",
     "seed",
 )
+BELOW_1 = {  # field -> a value that works
+    "eval_fraction": 0.01,
+    "label_smoothing_factor": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+}
+FROM_0_TO_1 = {"warmup_ratio": 0.03, "decay_ratio": 0.1, "min_lr_ratio": 0.1}
 PATHS = (
     "prepared_data",
     "prepared_eval_data",
@@ -127,15 +137,14 @@ def check_values(config: Any) -> None:
             f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
             "most 100; try 100"
         )
-    if not 0 <= config.eval_fraction < 1:
-        raise ConfigError(
-            f"eval_fraction={config.eval_fraction:g} must be at least 0 and below 1; "
-            "try 0.01"
-        )
-    if not 0 <= config.warmup_ratio <= 1:
-        raise ConfigError(
-            f"warmup_ratio={config.warmup_ratio:g} must be from 0 to 1; try 0.03"
-        )
+    for name, works in BELOW_1.items():
+        if not 0 <= (value := getattr(config, name)) < 1:
+            raise ConfigError(
+                f"{name}={value:g} must be at least 0 and below 1; try {works}"
+            )
+    for name, works in FROM_0_TO_1.items():
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise ConfigError(f"{name}={value:g} must be from 0 to 1; try {works}")
     for f in fields(config):
         choices, value = f.metadata["choices"], getattr(config, f.name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -262,14 +263,19 @@ def test_yaml_tags_are_refused(tag, tmp_path):
     assert not marker.exists()
 
 
-def test_a_dataset_script_is_refused(custom, tmp_path):
+def test_a_dataset_script_is_not_run(custom, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "rows.py").write_text(CODE.format(str(tmp_path / "marker")))
     (folder / "train.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ConfigError, match=r"^dataset_name=.* must be a folder"):
-        data.check(replace(custom, dataset_name=str(folder)))
+    config = replace(custom, dataset_name=str(folder))
+    with suppress(ConfigError):  # of so few tokens
+        data.prepare(config)
+    source = data.sources.open_source(config)
+    assert source.files == [str(folder / "train.jsonl")]
+    assert source.left_out == [str(folder / "rows.py")]
     assert "rows" not in sys.modules
+    assert not (tmp_path / "marker").exists()
 
 
 def test_prepared_rows_are_not_unpickled(custom, tmp_path):

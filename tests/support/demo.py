@@ -8,6 +8,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
+from tp2d_lib.schedule import learning_rate
 
 GLOBAL_BATCH = 4
 
@@ -54,7 +55,7 @@ def train_without_ray(engine, config, folder, finish="save"):
     total, figures = loader.steps_left, []
     for step, batch in enumerate(loader, start=1):
         for group in built.optimizer.param_groups:
-            group["lr"] = loop.learning_rate(step, total, config)
+            group["lr"] = learning_rate(step, total, config)
         figures.append(tuple(map(float, built.step(batch))))
     getattr(built, finish)(folder)
     return figures

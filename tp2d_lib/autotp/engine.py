@@ -35,6 +35,8 @@ from tp2d_lib.model.guards import (
     check_same_function,
     probe,
 )
+from tp2d_lib.model.loss import regularize
+from tp2d_lib.model.optimizer import build_optimizer
 
 
 def train_step(
@@ -80,7 +82,9 @@ def plain_grad_norm(engine: AutoTPEngine) -> torch.Tensor | None:
         return None
     parts = torch.zeros(2, device=engine.device)  # of sharded, of replicated parameters
     for parameter in engine.model.parameters():
-        parts[0 if is_sharded(parameter) else 1] += parameter.grad.square().sum()
+        if parameter.requires_grad:
+            which = 0 if is_sharded(parameter) else 1
+            parts[which] += parameter.grad.square().sum()
     dist.all_reduce(parts[0], group=engine.mesh.get_group("tp"))
     return parts.sum().sqrt()
 
@@ -91,6 +95,7 @@ def build_engine(
     deepspeed_config: Callable = deepspeed_config,
     train_step: Callable = train_step,
     load: Callable = load_full_model,
+    build_optimizer: Callable = build_optimizer,
 ) -> AutoTPEngine:
     """Load the model on every rank and let DeepSpeed shard it.
 
@@ -124,6 +129,7 @@ def build_engine(
         half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
         allowed = 2e-2 if half else 1e-6
         check_same_function(expected, probe(wrapped), allowed, description)
+    regularize(wrapped.module, config, mesh.get_group("tp"))
     if config.compile:
         models.compile_blocks(wrapped.module)
     if config.zero_stage < 3:  # whose weights exist only while their module runs
@@ -137,13 +143,6 @@ def init_deepspeed(mesh: DeviceMesh) -> None:
     if mesh.device_type == "cpu":  # turn off a kernel that needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
-
-
-def build_optimizer(model: torch.nn.Module, config: TrainConfig):
-    """Fused, because the default, foreach, holds a copy of all that it updates."""
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    return kind(model.parameters(), fused=True, **options)
 
 
 class AutoTPEngine:
@@ -167,7 +166,7 @@ class AutoTPEngine:
             gradients = {
                 name: safe_get_full_grad(p)
                 for name, p in self.model.named_parameters()
-                if not is_sharded(p)
+                if p.requires_grad and not is_sharded(p)
             }
             group = self.mesh.get_group("tp")
             self.gradients_checked = check_replicated_gradients(gradients, group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -163,11 +164,19 @@ def tokenize(
         A ``datasets.Dataset`` with ``input_ids``, ``length``, ``left_out`` (why, or
         empty) and, where not all are trained on, ``trained``, a bool for each token.
     """
-    from datasets import Features, List, Value, concatenate_datasets  # here: slow
+    from datasets import (  # here: slow, workers do not need it
+        Features,
+        List,
+        Value,
+        concatenate_datasets,
+        enable_progress_bars,
+    )
 
     found = load_documents(config, source)
     columns = [find_columns(config, documents, source) for documents in found]
     masked = any(each.kind != "text" for each in columns)
+    if sys.stderr.isatty():  # the one bar worth a line, and not in a file
+        enable_progress_bars()
     kinds = {"input_ids": List(Value("int32")), "length": Value("int64")}
     kinds |= {"left_out": Value("string")}
     kinds |= {"trained": List(Value("bool"))} if masked else {}

@@ -26,7 +26,7 @@ from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
-from tp2d_lib.fsdp.optimizer import build_optimizer, global_grad_norm
+from tp2d_lib.fsdp.optimizer import global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.mesh import build_mesh, split_dp
@@ -34,6 +34,8 @@ from tp2d_lib.model import determinism, weights
 from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
+from tp2d_lib.model.loss import regularize
+from tp2d_lib.model.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -96,6 +98,7 @@ def build_engine(
     parallelize: Callable = parallelize,
     train_step: Callable = train_step,
     load: Callable = weights.load_pretrained,
+    build_optimizer: Callable = build_optimizer,
 ) -> FSDPEngine:
     """Build an empty model, shard it, and fill the shards from safetensors.
 
@@ -123,11 +126,13 @@ def build_engine(
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model)
+    regularize(model, config, mesh.get_group("tp"))
     shards = config.tp_size if stream.is_shard() else 1
     compute_loss_in_chunks(model, config, sequence_shards=shards)
     if config.autocast:
         model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
-    optimizer = build_optimizer(model, config)
+    # DTensor has no fused SGD.
+    optimizer = build_optimizer(model, config, fused_sgd=False)
     engine = FSDPEngine(model, optimizer, mesh, config, device, train_step)
     if config.tp_size > 1 and not stream.is_shard():
         engine.notice += "; each tp rank has all positions between blocks"
@@ -162,7 +167,8 @@ class FSDPEngine:
         """On the first step, compare replicated gradients across the tp ranks."""
         if not self.gradients_checked:
             group = self.mesh.get_group("tp")
-            gradients = {k: p.grad.to_local() for k, p in self.replicated().items()}
+            named = self.replicated().items()
+            gradients = {k: p.grad.to_local() for k, p in named if p.requires_grad}
             self.gradients_checked = check_replicated_gradients(gradients, group)
 
     def replicated(self) -> dict[str, nn.Parameter]:

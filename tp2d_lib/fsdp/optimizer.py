@@ -1,4 +1,4 @@
-"""The optimizer of the PyTorch engine, and the norm of the gradient it is given."""
+"""The norm of the gradient that the PyTorch engine's optimizer is given."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp2d_lib.config import TrainConfig
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":  # DTensor has no fused SGD
-        return torch.optim.SGD(model.parameters(), **options)
-    return torch.optim.AdamW(model.parameters(), fused=True, **options)
-
 
 def global_grad_norm(model: nn.Module) -> torch.Tensor:
     """The 2-norm of the global gradient, a 0-d tensor equal on every rank.
@@ -27,6 +18,8 @@ def global_grad_norm(model: nn.Module) -> torch.Tensor:
     held_by = defaultdict(list)  # so many ranks each
     for parameter in model.parameters():
         gradient = parameter.grad
+        if gradient is None:  # of a parameter that is not trained
+            continue
         sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
         copies = prod(size for size, where in sizes if where.is_replicate())
         held_by[copies].append(gradient.to_local())

@@ -37,10 +37,8 @@ def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict
             f"{type(model).__name__} must publish a tp_plan for its layers to be "
             "sharded over tp ranks, but has none; try tp_size=1"
         )
-    gathers = [name for name, style in published.items() if "gather" in style]
-    # The head's output, which it is published for too, is no block's.
-    whole = {name.rpartition(".")[0] for name in gathers if "layers" in name}
-    plan = {}
+    gathers = [n for n, s in published.items() if "gather" in s and "layers" in n]
+    plan, whole = {}, {name.rpartition(".")[0] for name in gathers}
     for name, module in model.named_modules():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         block, style = pattern.rpartition(".")[0], published.get(pattern)

@@ -194,6 +194,12 @@ class Metrics:
                 "finite again before that: try a lower learning_rate"
             )
 
+    def log_own(self, step: int, numbers: dict[str, float] | None) -> None:
+        """Add what a user's own function returned after a step to TensorBoard."""
+        if self.writer:
+            for key, value in (numbers or {}).items():
+                self.writer.add_scalar(f"train/{key}", value, step)
+
     def log_eval(self, step: int, loss: float) -> None:
         """Add a validation loss to the record of a step that was just logged."""
         self.history[-1]["eval_loss"] = loss

@@ -1,0 +1,161 @@
+"""Parameter groups, AdamW's settings, label smoothing and z-loss, as in one process."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from tests.support.models import write_model
+from tests.support.parity import (
+    MAX_GRAD_NORM,
+    assert_weights_equal,
+    make_config,
+    make_steps,
+    share_of,
+)
+from tests.support.reference import LOST
+from tp2d_lib.model.loss import RegularizedLoss
+
+OWN = {
+    "weight_decay": 0.5,
+    "decay": "matrices",
+    "label_smoothing_factor": 0.1,
+    "z_loss": 1e-2,
+}
+ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+VARIANT = ("padded", 2, "adamw")
+
+
+def loss_of(logits, labels) -> torch.Tensor:
+    """Summed over the tokens that count, from torch's own functions."""
+    smooth = F.cross_entropy(
+        logits, labels, reduction="sum", label_smoothing=OWN["label_smoothing_factor"]
+    )
+    z = logits.logsumexp(-1)[labels != -100].square().sum()
+    return smooth + OWN["z_loss"] * z
+
+
+def train_reference(path: str, variant: tuple) -> tuple:
+    """Losses, norms and weights of one process; see ``reference.train``."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": OWN["weight_decay"]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if variant[2] == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=0.5)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), eps=1e-6)
+    losses, norms = [], []
+    settled = {name: torch.ones_like(p).bool() for name, p in model.named_parameters()}
+    for step in make_steps(*variant[:2]):
+        valid = sum((labels[:, 1:] != -100).sum() for _, labels in step)
+        total = 0.0
+        for ids, labels in step:
+            mask = (labels != -100).long()
+            logits = model(ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+            loss = loss_of(logits, labels[:, 1:].flatten()) / valid
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norms.append(norm.item())
+        for name, p in model.named_parameters():
+            size = p.grad.abs()
+            settled[name] &= (size == 0) | (size > LOST * size.max())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for name, weight in weights.items():
+        weight.settled = settled[name] | (variant[2] == "sgd")
+    return losses, norms, weights
+
+
+def train(engine: str, config, folder: str, start: str | None = None):
+    """Run by every rank: the steps, or those after a checkpoint, and the export."""
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    steps = make_steps(VARIANT[0], config.gradient_accumulation_steps)
+    batches = share_of(steps, mesh, config.batch_size_per_gpu)
+    half = len(batches) // 2
+    if start:
+        built.load(start)
+        batches = batches[half:]
+    figures = []
+    for number, batch in enumerate(batches):
+        if number == half and not start:
+            built.save(f"{folder}/checkpoint")
+        figures.append(tuple(map(float, built.step(batch))))
+    built.export(f"{folder}/export")
+    return figures, [group["weight_decay"] for group in built.optimizer.param_groups]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model("qwen3", tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_equal_to_one_process(engine, chunk, model, pools, tmp_path):
+    ranks = pools(4, engine)
+    variant = VARIANT if chunk else ("padded", 1, "sgd")
+    own = OWN | (ADAM if chunk else {})
+    config = make_config(
+        model, str(tmp_path), 2, 2, variant, loss_chunk_tokens=chunk, **own
+    )
+    losses, norms, weights = train_reference(model, variant)
+    for figures, decays in ranks.run(train, engine, config, str(tmp_path)):
+        got = tuple(zip(*figures, strict=True))
+        torch.testing.assert_close(list(got[0]), losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(list(got[1]), norms, rtol=1e-4, atol=0)
+        assert decays == [0.5, 0.0]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert_weights_equal(dict(exported.named_parameters()), weights)
+    if not chunk:
+        return
+    # The second half again: exactly on the same mesh, and on another one.
+    start = str(tmp_path / "checkpoint")
+    for figures, _ in ranks.run(train, engine, config, str(tmp_path / "again"), start):
+        assert list(zip(*figures, strict=True)) == [each[2:] for each in got]
+    other = replace(config, tp_size=1, num_workers=None, batch_size_per_gpu=2)
+    folder = str(tmp_path / "other")
+    for figures, decays in pools(2, engine).run(train, engine, other, folder, start):
+        for before, after in zip(got, zip(*figures, strict=True), strict=True):
+            torch.testing.assert_close(list(after), list(before[2:]), rtol=1e-4, atol=0)
+        assert decays == [0.5, 0.0]
+
+
+def test_gradients_are_those_of_torch():
+    """In double precision, to its last digits; one rank, the whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 11, generator=generator, dtype=torch.double) * 5
+    labels = torch.tensor([0, 10, -100, 3, 3, -100, 7])
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = RegularizedLoss.apply(ours, labels, 0, 11, None, 0.1, 1e-2)
+    expected = loss_of(theirs, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_validation_loss_is_the_plain_one(model, tmp_path):
+    from tp2d_lib.model.loss import regularize
+
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    config = make_config(model, str(tmp_path), 1, 1, VARIANT, **OWN)
+    ids = torch.arange(20).view(1, -1)
+    valid = torch.tensor(19)
+    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": valid}
+    expected = plain.eval()(**inputs).loss
+    regularize(plain, config, None)
+    assert torch.equal(plain(**inputs).loss, expected)
+    assert abs(plain.train()(**inputs).loss - expected) > 0.1

@@ -1,0 +1,127 @@
+"""Every block of docs/recipes.md runs, on two ranks and with both engines."""
+
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.demo import make_config
+from tp2d_lib import autotp, data, fsdp, loop
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+BLOCKS = re.findall(
+    r"^## (.*?)$.*?^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S
+)
+COMMON = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
+RECIPES = {"As it is": "", **dict(BLOCKS)}
+STEPS = 10
+
+
+def run_recipe(engine: str, recipe: str, config):
+    """Run by every rank: the block, then what the engine and the loop have seen."""
+    seen, build = {"rates": [], "losses": []}, {"fsdp": fsdp, "autotp": autotp}[engine]
+
+    def look(built, rows, config, **options):
+        step = built.step
+
+        def see(batch):
+            groups = built.optimizer.param_groups
+            seen["rates"].append([group["lr"] for group in groups])
+            loss, norm = step(batch)
+            seen["losses"].append((float(loss), float(norm)))
+            return loss, norm
+
+        built.step = see
+        before = {name: w.clone() for name, w in built.local_weights().items()}
+        loop.run(built, rows, config, **options)
+        after = built.local_weights()
+        seen["moved"] = [n for n, w in after.items() if not torch.equal(w, before[n])]
+
+    code = f"{COMMON}\n{RECIPES[recipe]}".replace("fsdp", engine)
+    names = {}
+    exec(code, names)
+    names["loop"] = type("Loop", (), {"run": staticmethod(look)})
+    names[engine] = build
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(loop.checkpoint, "commit", lambda *_: None)  # it needs Ray
+        names["train_func"](config)
+    return seen | {"said": said.getvalue()}
+
+
+@pytest.fixture(scope="module")
+def recipes(demo_paths, pools, tmp_path_factory):
+    """``recipes(engine)``: what each recipe did, by its title, on the first rank."""
+    found = {}
+
+    def run(engine: str) -> dict:
+        if engine not in found:
+            folder = tmp_path_factory.mktemp(engine)
+            config = make_config(demo_paths, folder, 2, 1, max_steps=STEPS)
+            settings = {
+                "log_interval": STEPS,
+                "checkpoint_minutes": 0.0,
+                "device": "cpu",
+            }
+            settings |= {"prepared_data": str(data.prepare(config)), "dtype": "float32"}
+            found[engine] = {
+                title: pools(2, engine).run(
+                    run_recipe,
+                    engine,
+                    title,
+                    make_config(
+                        demo_paths,
+                        folder,
+                        2,
+                        1,
+                        max_steps=STEPS,
+                        run_name=f"run-{number}",
+                        **settings,
+                    ),
+                )[0]
+                | {"events": folder / f"run-{number}" / "tensorboard"}
+                for number, title in enumerate(RECIPES)
+            }
+        return found[engine]
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_every_recipe_does_what_it_says(recipes, engine):
+    done = recipes(engine)
+    plain = done["As it is"]
+    assert len(done) == 7
+    assert len(plain["losses"]) == STEPS
+
+    hotter = done["Change the loss"]
+    assert abs(hotter["losses"][0][0] - plain["losses"][0][0]) > 1e-3
+
+    frozen = done["Freeze layers"]["moved"]
+    assert any(".layers.0." in name for name in plain["moved"])
+    assert frozen == [name for name in plain["moved"] if ".layers.0." not in name]
+    assert done["Freeze layers"]["losses"][0][1] < plain["losses"][0][1]
+
+    rates = done["Your own parameter groups"]["rates"]
+    assert all(slow == pytest.approx(fast / 10) for fast, slow in rates)
+
+    assert done["A schedule of your own"]["rates"] == [[1e-2]] * STEPS
+    assert plain["rates"][-1] != [1e-2]
+
+    drawn = EventAccumulator(str(done["Another number in TensorBoard"]["events"]))
+    (drawn,) = drawn.Reload().Scalars("train/size_of_weights")
+    assert drawn.step == 10
+    assert drawn.value > 1
+
+    assert "half of the steps are done" in done["Something after each step"]["said"]
+    assert "half of the steps" not in plain["said"]
+
+
+def test_recipes_are_short():
+    for title, code in RECIPES.items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 20, title
