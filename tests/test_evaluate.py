@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.texts import sentences, write_texts
+from tests.support.chats import write_chat_model
+from tests.support.texts import sentences, write_lines, write_texts
 from tp2d_lib import data, evaluate
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.monitor import health
@@ -120,6 +121,70 @@ def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
             before, after = ranks[0::2], ranks[1::2]
             assert before == pytest.approx([expected] * len(sizes), rel=1e-6)
             assert all(abs(loss - expected) > 1e-6 for loss in after)
+
+
+@torch.no_grad()
+def expected_of_chats(config, chats: list) -> float:
+    """One process, one conversation at a time: the loss of the template's own marks."""
+    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    total, count = 0.0, 0
+    for messages in chats:
+        whole = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = map(torch.tensor, (whole["input_ids"], whole["assistant_masks"]))
+        logits = model(ids[None]).logits[0, :-1]
+        labels = ids[1:].masked_fill(mask[1:] == 0, -100)
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def evaluate_and_export(engine, config, folder):
+    """Run by every rank."""
+    from importlib import import_module
+
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    loss = evaluate.evaluate(built, config)
+    built.export(folder)
+    return loss
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_of_conversations_the_assistant_is_evaluated(
+    engine, demo_paths, pools, tmp_path
+):
+    """Several in a row, on a mesh; and the export can chat as the model could."""
+    chats = [
+        [
+            {"role": "user", "content": f"What is {n} + {n}? " * (1 + n % 3)},
+            {"role": "assistant", "content": f"It is {2 * n}. " * (1 + n % 4)},
+        ]
+        for n in range(40)
+    ]
+    folder = tmp_path / "chats"
+    write_lines(folder, [{"messages": each} for each in chats], split="validation")
+    config = TrainConfig(
+        model_name=write_chat_model(demo_paths[0], tmp_path, "qwen", marked=True),
+        dataset_name=str(folder),
+        eval_every=1,
+        seq_length=256,
+        tp_size=2,
+        dp_size=2,
+        storage_path=str(tmp_path),
+    )
+    rows = evaluate.prepare(config)
+    assert len(data.open_rows(rows).lengths) < 20
+    config = replace(config, prepared_eval_data=str(rows))
+    export = tmp_path / "export"
+    found = pools(4, engine).run(evaluate_and_export, engine, config, str(export))
+    assert found == pytest.approx([expected_of_chats(config, chats)] * 4, rel=1e-6)
+    before, after = map(AutoTokenizer.from_pretrained, (config.model_name, export))
+    assert before.chat_template == after.chat_template
 
 
 def test_mistakes_name_the_held_out_data(config):

@@ -25,7 +25,7 @@ from tests.support.parity import (
 )
 from tests.support.rules import ATTENTION, FUSED, GATE_UP, ONLY_MLP, ROWS_RULE, rules
 from tp2d_lib.config import ConfigError
-from tp2d_lib.model import PlanError
+from tp2d_lib.model import PlanError, attention
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
@@ -111,6 +111,7 @@ def train(engine, config):
     try:
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
         batches = share_of(steps, mesh, config.batch_size_per_gpu)
+        attention.check_apart(built, config)  # of documents in one row
         trained = [tuple(map(float, built.step(batch))) for batch in batches]
         built.export(config.export_to)
     except Exception as error:  # raised, it would end the group for other families

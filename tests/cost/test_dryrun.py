@@ -24,7 +24,7 @@ CASES = {  # engine, model, (tp_size, dp_size), settings
         "fsdp",
         "qwen3",
         (2, 2),
-        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "selective", "pack": "documents"},
     ),
     "fsdp-windows": ("fsdp", "gemma3", (1, 4), {}),
     "fsdp-masks": ("fsdp", "gemma2", (2, 2), {}),
@@ -45,12 +45,12 @@ CASES = {  # engine, model, (tp_size, dp_size), settings
         },
     ),
     "zero-0": ("autotp", "qwen3", (2, 2), {"zero_stage": 0}),
-    "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16"}),
+    "zero-1": ("autotp", "llama", (2, 2), {"dtype": "bfloat16", "z_loss": 1e-4}),
     "zero-2": (
         "autotp",
         "qwen2-tied",
         (2, 2),
-        {"zero_stage": 2, "gradient_accumulation_steps": 2},
+        {"zero_stage": 2, "gradient_accumulation_steps": 2, "pack": "documents"},
     ),
     "zero-3": (
         "autotp",
@@ -82,7 +82,10 @@ def measure(engine, config):
     generator = torch.Generator().manual_seed(mesh["dp"].get_local_rank())
     shape = (config.batch_size_per_gpu, config.seq_length)
     ids = torch.randint(500, shape, generator=generator)
-    batch = [{"input_ids": ids, "labels": ids}] * config.gradient_accumulation_steps
+    micro = {"input_ids": ids, "labels": ids}
+    if config.pack == "documents":
+        micro["position_ids"] = torch.arange(config.seq_length).expand(shape) % 20
+    batch = [micro] * config.gradient_accumulation_steps
     built.gradients_checked = True  # its collective belongs to the first step
     counted = CommBytes(mesh, built.model)
     live.model = built.model

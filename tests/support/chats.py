@@ -1,11 +1,10 @@
 """Tokenizers with chat templates in the styles of three families, built locally."""
 
-import json
 import shutil
 from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # What the assistant generates stands between OPEN and CLOSE.
 OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
@@ -66,7 +65,7 @@ STYLES = {  # template, special tokens, end of a turn
 
 
 def write_chat_model(demo_model: str, folder: Path, style: str, marked=False) -> str:
-    """A copy of the demo model with another tokenizer; for data, not for training."""
+    """The demo model with another tokenizer, and embeddings for its tokens."""
     template, special, _ = STYLES[style]
     path = shutil.copytree(demo_model, folder / f"{style}{'-marked' * marked}")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -82,6 +81,7 @@ def write_chat_model(demo_model: str, folder: Path, style: str, marked=False) ->
         "CLOSE", marks[1]
     )
     tokenizer.save_pretrained(path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 4096}))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(path)
     return str(path)
