@@ -218,3 +218,10 @@ def test_a_template_that_writes_a_turn_in_another_way(chat):
     template = Path(config.model_name, "chat_template.jinja")
     template.write_text("{{ messages | length }}" + template.read_text())
     assert "document 1 (it writes a turn in another way once" in refuse(config)
+
+
+def test_a_pair_may_have_an_empty_prompt(chat):
+    pairs = [{"prompt": "", "completion": "yes"}, {"prompt": "No?", "completion": " "}]
+    config = chat("qwen", [*pairs, {"prompt": None, "completion": "x"}])
+    assert trained_parts(config) == [["yes<|endoftext|>"]]
+    assert "; 2 empty left out" in data.describe(data.prepare(config))

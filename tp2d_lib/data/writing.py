@@ -10,8 +10,8 @@ import numpy as np
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data import packing
-from tp2d_lib.data.documents import TRAINED_ON, tokenize
 from tp2d_lib.data.sources import Source, listed
+from tp2d_lib.data.tokens import TRAINED_ON, tokenize
 
 
 def write_rows(
