@@ -36,7 +36,7 @@ from tp2d_lib.model.guards import (
     probe,
 )
 from tp2d_lib.model.loss import regularize
-from tp2d_lib.model.optimizer import build_optimizer
+from tp2d_lib.model.optimizer import build_optimizer, settings_kept
 
 
 def train_step(
@@ -225,9 +225,15 @@ class AutoTPEngine:
             self.wrapped._config.load_universal_checkpoint = True  # no public API
             self.load_deepspeed(folder, universal.TAG)
             self.wrapped._config.load_universal_checkpoint = False
+        if self.config.zero_stage == 3:
+            # DeepSpeed 0.19.8 gives all parts of the weights the same tensor with the
+            # number of steps, which each of them would then count up.
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
     def load_deepspeed(self, directory: Path, tag: str) -> None:
-        path, _ = self.wrapped.load_checkpoint(str(directory), tag=tag)
+        with settings_kept(self.optimizer):
+            path, _ = self.wrapped.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise FileNotFoundError(f"{directory} must hold a DeepSpeed checkpoint")
 

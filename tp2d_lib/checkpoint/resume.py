@@ -12,7 +12,8 @@ from tp2d_lib.checkpoint.manifest import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import identity
 
-EQUAL = ("optimizer", "seed", "seq_length", "pack")  # compared first: clearer messages
+# Compared first: clearer messages.
+EQUAL = ("optimizer", "decay", "seed", "seq_length", "pack")
 COMPARED = ("model_name", "model_revision", "prepared_data")  # by content, see `about`
 PLACES = (  # where things are, and who does them: no part of what is computed
     "run_name",
@@ -86,7 +87,8 @@ def check(config: TrainConfig) -> dict | None:
         return None
     stored = manifest.check(start)
     for name in EQUAL:
-        if (before := stored["settings"][name]) != getattr(config, name):
+        before = stored["settings"].get(name, getattr(TrainConfig, name))
+        if before != getattr(config, name):
             raise differs(name, getattr(config, name), start, repr(before))
     if stored["model"] != identity.of(config):
         raise differs("model_name", config.model_name, start, "another model")

@@ -35,7 +35,7 @@ from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 from tp2d_lib.model.loss import regularize
-from tp2d_lib.model.optimizer import build_optimizer
+from tp2d_lib.model.optimizer import build_optimizer, settings_kept
 
 CPU = torch.device("cpu")
 
@@ -243,7 +243,8 @@ class FSDPEngine:
             dcp.load(state, storage_reader=reader)  # weights and RNG in place
         except dcp.CheckpointException as error:  # no Exception: few would catch it
             raise next(cause for cause, _ in error.failures.values()) from error
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        with settings_kept(self.optimizer):
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         rng.restore(state[own])
 
     def export(self, directory: str | Path) -> None:

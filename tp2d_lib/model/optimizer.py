@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -32,3 +35,19 @@ def groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     others = [p for p in trained if p.ndim < 2]
     rest = {"params": others, "weight_decay": 0.0, "weight_decay_scale": 0.0}
     return [{"params": matrices}, *([rest] if others else [])]
+
+
+@contextmanager
+def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let each group keep its settings while a checkpoint, which has others, is loaded.
+
+    What was changed for a resume applies. And DeepSpeed's converted checkpoints would
+    give the settings of the first group to all.
+    """
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
