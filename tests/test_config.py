@@ -22,6 +22,7 @@ from tp2d_lib.validation import (
     NOT_NEGATIVE,
     PATHS,
     POSITIVE,
+    READ_BY,
 )
 
 FIELDS = TrainConfig.__dataclass_fields__
@@ -202,9 +203,18 @@ def test_dataset_percentage(make, value):
 @pytest.mark.parametrize("field", FROM_0_TO_1)
 def test_fractions(make, field, value):
     message = refuse_field(make, field, value, "from 0 to 1")
-    make(**{field: proposal(message)})
-    make(**{field: 0})
-    make(**{field: 1})
+    reads = {"lr_scheduler_type": "warmup_stable_decay"}
+    for good in (proposal(message), 0, 1):
+        make(**{field: good}, **reads)
+
+
+@pytest.mark.parametrize("field", READ_BY)
+def test_a_setting_that_nothing_reads(make, field):
+    reader, values = READ_BY[field]
+    others = {"optimizer": "sgd", "lr_scheduler_type": "constant"}
+    message = refuse_field(make, field, 0.5, f"{reader} ", **{reader: others[reader]})
+    assert message.endswith(f"try {reader}={values[0]!r}")
+    make(**{field: 0.5, reader: values[0]})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, float("nan")])

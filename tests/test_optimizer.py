@@ -17,7 +17,8 @@ from tests.support.parity import (
     share_of,
 )
 from tests.support.reference import LOST
-from tp2d_lib.model.loss import RegularizedLoss
+from tp2d_lib.model.chunks import compute_loss_in_chunks
+from tp2d_lib.model.loss import RegularizedLoss, regularize
 
 OWN = {
     "weight_decay": 0.5,
@@ -167,15 +168,31 @@ def test_gradients_are_those_of_torch():
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_a_validation_loss_is_the_plain_one(model, tmp_path):
-    from tp2d_lib.model.loss import regularize
-
-    plain = AutoModelForCausalLM.from_pretrained(model)
-    config = make_config(model, str(tmp_path), 1, 1, VARIANT, **OWN)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "cohere"])
+def test_a_validation_loss_is_the_plain_one(name, tmp_path):
+    """Also of models that call their loss in a way of their own."""
+    plain = AutoModelForCausalLM.from_pretrained(write_model(name, tmp_path))
+    config = make_config(str(tmp_path / name), str(tmp_path), 1, 1, VARIANT, **OWN)
     ids = torch.arange(20).view(1, -1)
-    valid = torch.tensor(19)
-    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": valid}
+    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(19)}
     expected = plain.eval()(**inputs).loss
+    logits = plain(ids).logits[0, :-1].float()
     regularize(plain, config, None)
     assert torch.equal(plain(**inputs).loss, expected)
-    assert abs(plain.train()(**inputs).loss - expected) > 0.1
+    torch.testing.assert_close(
+        plain.train()(**inputs).loss, loss_of(logits, ids[0, 1:]) / 19
+    )
+
+
+def test_a_frozen_head_is_computed_in_chunks(model, tmp_path):
+    config = make_config(model, str(tmp_path), 1, 1, VARIANT, loss_chunk_tokens=8)
+    ids = torch.arange(2 * 32).view(2, 32)
+    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(62)}
+    gradients = []
+    for chunk in (config, replace(config, loss_chunk_tokens=0)):
+        built = AutoModelForCausalLM.from_pretrained(model)
+        built.lm_head.requires_grad_(False)
+        compute_loss_in_chunks(built, replace(chunk, batch_size_per_gpu=2))
+        built(**inputs).loss.backward()
+        gradients.append(built.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(*gradients)

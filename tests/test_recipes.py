@@ -113,7 +113,7 @@ def test_every_recipe_does_what_it_says(recipes, engine):
     assert plain["rates"][-1] != [1e-2]
 
     drawn = EventAccumulator(str(done["Another number in TensorBoard"]["events"]))
-    (drawn,) = drawn.Reload().Scalars("train/size_of_weights")
+    (drawn,) = drawn.Reload().Scalars("own/size_of_weights")
     assert drawn.step == 10
     assert drawn.value > 1
 

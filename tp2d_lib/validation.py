@@ -60,6 +60,13 @@ BELOW_1 = {  # field -> a value that works
     "adam_beta2": 0.999,
 }
 FROM_0_TO_1 = {"warmup_ratio": 0.03, "decay_ratio": 0.1, "min_lr_ratio": 0.1}
+READ_BY = {  # field -> the setting that reads it, and its values that do
+    "adam_beta1": ("optimizer", ["adamw"]),
+    "adam_beta2": ("optimizer", ["adamw"]),
+    "adam_epsilon": ("optimizer", ["adamw"]),
+    "decay_ratio": ("lr_scheduler_type", ["warmup_stable_decay"]),
+    "min_lr_ratio": ("lr_scheduler_type", ["cosine", "linear", "warmup_stable_decay"]),
+}
 PATHS = (
     "prepared_data",
     "prepared_eval_data",
@@ -159,6 +166,14 @@ def check_values(config: Any) -> None:
 
 
 def check_combinations(config: Any) -> None:
+    for name, (reader, values) in READ_BY.items():
+        value, chosen = getattr(config, name), getattr(config, reader)
+        if value != getattr(type(config), name) and chosen not in values:
+            raise ConfigError(
+                f"{name}={value:g} must be combined with {reader} "
+                f"{' or '.join(values)}, because {chosen} does not read it; try "
+                f"{reader}={values[0]!r}"
+            )
     world_size = config.tp_size * config.dp_size
     if config.num_workers != world_size:
         raise ConfigError(

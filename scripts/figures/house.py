@@ -20,8 +20,9 @@ launch.py: Ray starts the workers
 loop.py: the loop of both
 preflight.py: checks in the driver
 
-attempts.py: restarts what can succeed
+attempts.py: restarts what may work
 placement.py: device and nodes
+schedule.py: learning rates
 cluster.py: joins or starts Ray
 
 monitor/: metrics, progress, health
@@ -62,8 +63,8 @@ def house() -> Figure:
 
     Nine layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
     between them because they never import each other; flags, launch, loop and
-    preflight; attempts, placement and cluster; monitor, evaluate and presets;
-    checkpoint, data and model; config and mesh; validation, integrity, store,
+    preflight; attempts, placement, schedule and cluster; monitor, evaluate and
+    presets; checkpoint, data and model; config and mesh; validation, integrity, store,
     environment and processes. An arrow labelled imports points down the left side.
     """
     fig = Figure(760, 818, house.__doc__)

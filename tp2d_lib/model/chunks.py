@@ -78,7 +78,8 @@ def compute_loss_in_chunks(
         targets = [part.flatten(1).contiguous() for part in parts]
         loss_of = partial(compute_loss, valid=num_items_in_batch)
         if torch.is_grad_enabled():
-            weights = model.get_output_embeddings().parameters()
+            head = model.get_output_embeddings().parameters()
+            weights = [weight for weight in head if weight.requires_grad]
             loss = LossInChunks.apply(hidden, targets, width, loss_of, *weights)
         else:
             loss = sum(map(loss_of, hidden.split(width, dim=1), targets))
@@ -131,7 +132,7 @@ class LossInChunks(torch.autograd.Function):
             gradient.copy_(of_chunk)
             if of_weights is None:
                 of_weights = [part.float() for part in parts]
-            else:
+            elif parts:  # none of a frozen head
                 torch._foreach_add_(of_weights, parts)
             total += loss.detach()
         of_weights = [g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)]

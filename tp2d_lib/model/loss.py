@@ -26,11 +26,16 @@ def regularize(model: nn.Module, config: TrainConfig, group: dist.ProcessGroup) 
     vocabulary = model.config.vocab_size
 
     def loss_of(
-        logits, labels=None, num_items_in_batch=None, shift_labels=None, **more
+        logits,
+        labels,
+        vocab_size=None,
+        num_items_in_batch=None,
+        shift_labels=None,
+        **more,
     ):
         if not model.training:
-            more |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
-            return plain(logits=logits, shift_labels=shift_labels, **more)
+            more |= {"num_items_in_batch": num_items_in_batch}
+            return plain(logits, labels, vocab_size, shift_labels=shift_labels, **more)
         if shift_labels is None:
             shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         first = getattr(plain, "vocab_start_index", 0)  # DeepSpeed's

@@ -198,7 +198,7 @@ class Metrics:
         """Add what a user's own function returned after a step to TensorBoard."""
         if self.writer:
             for key, value in (numbers or {}).items():
-                self.writer.add_scalar(f"train/{key}", value, step)
+                self.writer.add_scalar(f"own/{key}", value, step)
 
     def log_eval(self, step: int, loss: float) -> None:
         """Add a validation loss to the record of a step that was just logged."""
