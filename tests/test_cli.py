@@ -117,7 +117,8 @@ def test_numbers_of_yaml_are_numbers(tmp_path):
 def test_flags_as_people_type_them():
     for flag in ("--batch_size", "--batch_size_per_gpu", "--batch-size"):
         assert parse("fsdp", flag, "4") == {"batch_size_per_gpu": 4}
-    assert parse("fsdp", "--no-compile") == {"compile": False}
+    for flag in ("--no-async_checkpoint", "--no_async_checkpoint"):
+        assert parse("fsdp", flag) == {"async_checkpoint": False}
     name = parse("fsdp", "--model-name", "some-model", "--run-name=a-b")
     assert name == {"model_name": "some-model", "run_name": "a-b"}
 

@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
     """Refuses bad flags like everything else: in one line, with exit code 2."""
 
     def parse_args(self, argv: list[str], namespace=None) -> argparse.Namespace:
-        """``--batch-size`` is ``--batch_size``; only ``--no-`` is written so."""
-        argv = [re.sub(r"^--(?!no-)[\w-]+", underscored, word) for word in argv]
+        """``--batch-size`` is ``--batch_size``, and ``--no_compile`` ``--no-compile``."""
+        argv = [re.sub(r"^--(no[-_])?([\w-]+)", as_declared, word) for word in argv]
         known, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
-def underscored(flag: re.Match) -> str:
-    return "--" + flag[0][2:].replace("-", "_")
+def as_declared(flag: re.Match) -> str:
+    return "--" + "no-" * bool(flag[1]) + flag[2].replace("-", "_")
 
 
 def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
