@@ -34,11 +34,13 @@ class Parser(argparse.ArgumentParser):
     """Refuses bad flags like everything else: in one line, with exit code 2."""
 
     def parse_args(self, argv: list[str], namespace=None) -> argparse.Namespace:
-        """``--batch-size`` is ``--batch_size``, and ``--no_compile`` ``--no-compile``."""
+        """``--batch-size`` means ``--batch_size``; ``--no_x`` is written ``--no-x``."""
         argv = [re.sub(r"^--(no[-_])?([\w-]+)", as_declared, word) for word in argv]
         known, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if flag.removeprefix("--") in {f.name for f in fields(TrainConfig)}:
+                self.error(f"{flag} is a flag of the other engine's command")
             flags = [name for name in self._option_string_actions if name[:2] == "--"]
             self.error(f"unknown argument {flag}; did you mean {closest(flag, flags)}?")
         return known
