@@ -22,6 +22,7 @@ TESTS = Path(__file__).parent
 SEEN_BY = {
     "model_name": "test_flags:test_a_hub_model_is_read_at_its_revision",
     "model_revision": "test_flags:test_a_hub_model_is_read_at_its_revision",
+    "attn_implementation": "test_packing:test_eager_attention_keeps_documents_apart",
     "dataset_name": "data/test_rows:test_other_content_makes_other_rows",
     "dataset_config": "test_flags:test_a_dataset_has_configurations_and_splits",
     "dataset_split": "test_flags:test_a_dataset_has_configurations_and_splits",

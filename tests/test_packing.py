@@ -1,5 +1,6 @@
 """Documents that share a row train as if each were alone."""
 
+import importlib.util
 import shutil
 from dataclasses import replace
 from importlib import import_module
@@ -21,7 +22,8 @@ from tests.support.parity import (
 )
 from tp2d_lib import autotp
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.model import PlanError
+from tp2d_lib.model import PlanError, build_empty_model
+from tp2d_lib.model.attention import check_documents
 
 MESHES = [(1, 1), (2, 2), (4, 1)]
 VARIANTS = [("documents", 1, "sgd"), ("documents", 2, "adamw")]
@@ -154,6 +156,36 @@ def test_packed_documents_train_as_if_alone(
             torch.testing.assert_close(list(got[1]), norms, rtol=1e-4, atol=0)
         exported = AutoModelForCausalLM.from_pretrained(folder)
         assert_weights_equal(dict(exported.named_parameters()), weights)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "autotp"])
+def test_eager_attention_keeps_documents_apart(
+    engine, models, references, pools, tmp_path
+):
+    """So will others of transformers: from the position ids alone."""
+    own = {"attn_implementation": "eager"}
+    config = make_config(models["llama"], str(tmp_path), 2, 2, VARIANTS[1], **own)
+    losses, norms, _ = references["llama", VARIANTS[1]]
+    ranks = pools(4, f"{engine}-(2, 2)")
+    for _, figures in ranks.run(train_packed, engine, config, 2, str(tmp_path / "out")):
+        got = tuple(zip(*figures, strict=True))
+        torch.testing.assert_close(list(got[0]), losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(list(got[1]), norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_that_needs_a_gpu_is_refused_on_cpus(name, models, tmp_path):
+    config = make_config(models["llama"], str(tmp_path), 1, 1, VARIANTS[0])
+    config = replace(config, attn_implementation=name, device="cpu")
+    with pytest.raises(ConfigError, match=r"attn_implementation=.* try 'sdpa' on CPUs"):
+        autotp.check(config)
+    packed = replace(config, attn_implementation="flash_attention_2", pack="documents")
+    model = AutoModelForCausalLM.from_pretrained(models["llama"])
+    with pytest.raises(ConfigError, match=r"batch_size_per_gpu=4 must be 1 .* try 1,"):
+        check_documents(model, packed)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(ConfigError, match="and that is installed"):
+            build_empty_model(packed)
 
 
 def looks_around(engine: str, config, leave_out: str) -> str:

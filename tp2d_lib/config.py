@@ -37,6 +37,18 @@ class TrainConfig:
     model_revision: str | None = setting(
         None, "commit, tag or branch that pins a Hub model"
     )
+    attn_implementation: str | None = setting(
+        None,
+        "attention of transformers; if omitted, sdpa where the model has it; those of "
+        "flash_attention and flex_attention need GPUs",
+        (
+            "sdpa",
+            "eager",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flex_attention",
+        ),
+    )
     dataset_name: str = setting(
         "Salesforce/wikitext",
         "file, folder or glob, several with commas between them, or name on the Hub",

@@ -26,6 +26,7 @@ def check(config: TrainConfig, engine: str) -> tuple[nn.Module, dict]:
     """
     guards.check_sizes(config)
     guards.check_compiler(config)
+    guards.check_attention(config)
     stored = weights.stored_shapes(config)
     storage.check(config)
     model = build_empty_model(config)

@@ -25,6 +25,7 @@ def load_full_model(config: TrainConfig) -> PreTrainedModel:
         directory,
         dtype=dtype,
         trust_remote_code=False,
+        attn_implementation=config.attn_implementation,
         output_loading_info=True,
     )
     weights.check_complete(info["missing_keys"], directory)  # else they are random

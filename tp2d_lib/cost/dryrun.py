@@ -127,6 +127,7 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         device="cpu",
         dtype=dtype,
         loss_chunk_tokens=chunk,  # as on its own device
+        attn_implementation=None,  # others have no kernels here
         compile=False,
         async_checkpoint=False,  # needs a real group, and a step writes none
     )

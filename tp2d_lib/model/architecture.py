@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.hub import refused
 
 
@@ -51,11 +51,27 @@ def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]
 
 
 def build_empty_model(config: TrainConfig) -> nn.Module:
-    """The model with shapes but no storage: every parameter is on ``meta``."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_model_config(config), dtype=torch.float32, trust_remote_code=False
-        )
+    """The model with shapes but no storage: every parameter is on ``meta``.
+
+    Raises:
+        ConfigError: it lacks the attention that is asked for, or a library does.
+    """
+    hf, chosen = load_model_config(config), config.attn_implementation
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                hf,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                attn_implementation=chosen,
+            )
+    except (ImportError, ValueError) as error:
+        if chosen is None:
+            raise
+        raise ConfigError(
+            f"attn_implementation={chosen!r} must be one that {hf.model_type} has and "
+            f"that is installed ({first_line(error)}); try omitting it"
+        ) from error
     return model.train()
 
 

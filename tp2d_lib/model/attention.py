@@ -68,6 +68,13 @@ def check_documents(model: nn.Module, config: TrainConfig) -> None:
     Raises:
         ConfigError: its positions are no input, or a layer carries a state along.
     """
+    flash = (config.attn_implementation or "").startswith("flash")
+    if flash and config.batch_size_per_gpu > 1:  # transformers 5.23 unpacks one row
+        raise ConfigError(
+            f"batch_size_per_gpu={config.batch_size_per_gpu} must be 1 for "
+            f"{config.attn_implementation} to keep documents apart; try 1, with more "
+            "gradient_accumulation_steps"
+        )
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if not (takes and attends(model)):
         raise ConfigError(

@@ -80,6 +80,15 @@ def check_sizes(config: TrainConfig) -> None:
         )
 
 
+def check_attention(config: TrainConfig) -> None:
+    """On CPUs, flash attention has no kernel, and FlexAttention no backward pass."""
+    chosen = config.attn_implementation
+    if device_type(config) == "cpu" and chosen not in (None, "sdpa", "eager"):
+        raise ConfigError(
+            f"attn_implementation={chosen!r} must run on GPUs; try 'sdpa' on CPUs"
+        )
+
+
 def sliding_window(hf: PretrainedConfig) -> int | None:
     """Tokens a sliding-window layer looks back, or None if there is no such layer."""
     layers = getattr(hf, "layer_types", None)
