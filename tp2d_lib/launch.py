@@ -125,7 +125,10 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
     except KeyboardInterrupt as error:
-        raise Stopped("a second signal: at once, without saving") from error
+        cluster.free_workers()  # else those of a notebook would go on
+        raise Stopped(
+            str(error) or "a second signal: at once, without saving"
+        ) from error
     finally:
         for callback in callbacks:
             callback.finish(status)

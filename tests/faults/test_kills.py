@@ -197,13 +197,20 @@ def test_two_deaths_are_one_too_many(whole, storage, cluster, survived, capsys):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_early_and_a_second_one(name, storage, survived):
-    """Before Ray has started; then while training, twice."""
+    """Before Ray has started, while workers start; then while training, twice."""
     number = signal.Signals[name]
     run = start("train_fsdp.py", storage, "--run_name", f"soon-{name}", *FLAGS)
     time.sleep(6)
     run.send_signal(number)
     _, err = finish(run, code=1)
     assert survived("signals", "stopped: " in err)
+
+    run = start("train_fsdp.py", storage, "--run_name", f"starting-{name}", *FLAGS)
+    assert any("Ray cluster" in line for line in run.stdout), run.stderr.read()
+    time.sleep(2)  # until workers are asked for
+    run.send_signal(number)
+    _, err = finish(run, code=1)
+    assert survived("signals", f"stopped: {name} before the workers trained\n" in err)
 
     run = start("train_fsdp.py", storage, "--run_name", f"twice-{name}", *FLAGS)
     assert any("] step 4/" in line for line in run.stdout), run.stderr.read()

@@ -9,10 +9,13 @@ from tp2d_lib.monitor import display, progress
 
 SHOW = """
 from tp2d_lib.monitor import display
-show = display.on_terminal()
+terminal = display.Terminal()
+show = terminal.show
 for step in (10, 20, 100_000):
     record = {"step": step, "step_time": 0.5, "loss": 2.5, "tokens_per_second": 1e6}
-    show(display.line(record, 100_000), done=step == 100_000)
+    show(display.line(record, 100_000), done=step == 20)
+terminal.end()
+print("failed: on a line of its own")
 """
 
 
@@ -31,16 +34,19 @@ def test_one_line_on_a_terminal_however_narrow():
     os.close(theirs)
     text = os.read(ours, 10_000).decode()
     os.close(ours)
-    first, *others = text.rstrip("\r\n").split("\r\x1b[K")[1:]
-    assert "\n" not in text.rstrip("\r\n")
-    assert first.startswith("[..........] step 10/100000  loss 2.500")
-    assert max(map(len, (first, *others))) == 59
-    assert len(others) == 2
+    kept, last, failed = text.split("\r\n")[:-1]
+    replaced, done = kept.split("\r\x1b[K")[1:]
+    assert replaced.startswith("[..........] step 10/100000  loss 2.500")
+    assert len(replaced) == 59
+    assert done.endswith(" left")  # whole: nothing replaces it
+    assert last.startswith("\r\x1b[K[##########] step 100000/100000")
+    assert failed == "failed: on a line of its own"
 
 
 def test_plain_lines_in_a_file():
     run = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True)
-    lines = run.stdout.splitlines()
+    *lines, failed = run.stdout.splitlines()
+    assert failed.startswith("failed: ")
     assert [line.split()[2] for line in lines] == [
         "10/100000",
         "20/100000",
@@ -69,4 +75,4 @@ def test_a_process_with_jupyters_libraries_is_no_notebook():
     import ipykernel  # noqa: F401
     import IPython  # noqa: F401
 
-    assert display.in_notebook() is None
+    assert isinstance(display.here(), display.Terminal)

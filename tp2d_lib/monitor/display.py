@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 
 
 def line(record: dict, total: int) -> str:
@@ -19,37 +18,52 @@ def line(record: dict, total: int) -> str:
     return text + (f"  MFU {record['mfu']:.0%}" if "mfu" in record else "")
 
 
-def in_notebook() -> Callable[..., None] | None:
-    """Update one output in place, so that only the last line stays on the page.
+class Terminal:
+    """Rewrites one line on a terminal; plain lines when the output is a file.
 
-    Like ``on_terminal``, it returns a function whose attribute ``live`` tells whether a
-    line can be rewritten.
+    ``live`` tells, here and in a notebook, whether a line can be rewritten.
     """
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"):  # the libraries may be loaded outside of one
-        return None
-    from IPython.display import display  # here: notebooks only
 
-    finished: list[str] = []
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    def __init__(self):
+        self.live = sys.stdout.isatty()
+        self.is_open = False  # whether the cursor stands behind a line
 
-    def show(text: str, done: bool = False) -> None:
-        handle.update({"text/plain": "\n".join([*finished, text])}, raw=True)
+    def show(self, text: str, done: bool = False) -> None:
+        """Show a line that the next one replaces, or that stays if it is ``done``."""
+        if self.live and not done:  # a line that wraps could not be rewritten
+            text = text[: shutil.get_terminal_size().columns - 1]
+        self.is_open = self.live and not done
+        print("\r\x1b[K" * self.live + text, end="\n"[self.is_open :], flush=True)
+
+    def end(self) -> None:
+        """Give what is printed next, such as an error, a line of its own."""
+        if self.is_open:
+            print(flush=True)
+        self.is_open = False
+
+
+class Notebook:
+    """Updates one output in place, so that only the last line stays on the page."""
+
+    live = True
+
+    def __init__(self):
+        from IPython.display import display  # here: notebooks only
+
+        self.finished: list[str] = []
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, text: str, done: bool = False) -> None:
+        page = [*self.finished, text]
+        self.handle.update({"text/plain": "\n".join(page)}, raw=True)
         if done:
-            finished.append(text)
+            self.finished = page
 
-    show.live = True
-    return show
+    def end(self) -> None:
+        """Nothing is left to do: others print to outputs of their own."""
 
 
-def on_terminal() -> Callable[..., None]:
-    """Rewrite one line on a terminal; plain lines when the output is a file."""
-    live = sys.stdout.isatty()
-
-    def show(text: str, done: bool = False) -> None:
-        if live:  # a line that wraps could not be rewritten
-            text = "\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="\n" if done or not live else "", flush=True)
-
-    show.live = live
-    return show
+def here() -> Terminal | Notebook:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    # Its libraries may be loaded outside of a notebook.
+    return Notebook() if hasattr(shell, "kernel") else Terminal()

@@ -166,8 +166,10 @@ class Watcher:
             max_task_retries=-1,
         )
         self.actor = actor.remote()
-        self.show = display.in_notebook() or display.on_terminal()
+        self.display = display.here()
+        self.show = self.display.show
         self.total = 0
+        self.training = False  # whether the workers do; until then there is no step
         self.began: float | None = time.monotonic()  # None once a rank has spoken
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
         self.ended: Exception | None = None
@@ -184,10 +186,17 @@ class Watcher:
         self.done.set()
         self.thread.join()
         self.poll()
+        self.display.end()
         ray.kill(self.actor)
 
     def stop_training(self, signal: str) -> None:
-        """Make the workers save a checkpoint and return; say so at once."""
+        """Make the workers save a checkpoint and return; say so at once.
+
+        Raises:
+            KeyboardInterrupt: they do not train yet, so there is nothing to save.
+        """
+        if not self.training:
+            raise KeyboardInterrupt(f"{signal} before the workers trained")
         last = ray.get(self.actor.stop.remote())
         self.show(
             f"{signal}: finishing step {last}, then saving; again: at once, unsaved",
@@ -205,7 +214,8 @@ class Watcher:
 
     def begin_attempt(self) -> None:
         with self.guarding:
-            self.placed, self.began = False, time.monotonic()
+            self.placed = self.training = False
+            self.began = time.monotonic()
             ray.get(self.actor.begin_attempt.remote())
             self.watchdog.begin_attempt()
             if isinstance(self.ended, watchdog.Hang):
@@ -264,7 +274,7 @@ class Watcher:
     def watch(self) -> None:
         while not self.done.wait(0.5):
             self.poll()
-            if self.began and self.show.live:
+            if self.began and self.display.live:
                 self.show(f"starting {self.took('...')}")
             with self.guarding:
                 self.guard()
@@ -282,7 +292,7 @@ class Watcher:
             if "notice" in record:
                 self.show(record["notice"], done=True)
             elif "total" in record:
-                self.total = record["total"]
+                self.total, self.training = record["total"], True
                 if record["start"]:
                     self.show(f"resumed after step {record['start']}", done=True)
             elif "eval_loss" in record:
