@@ -61,6 +61,7 @@ def fit(
         manifest.remove_leftovers(config)
         storage.remove(config, SNAPSHOT)
         trainer, has_room = build_trainer()
+        watcher.await_workers()
         attempt = outcome(trainer)
         while has_room and not wait([attempt], ROOM_S).done:
             if has_room():

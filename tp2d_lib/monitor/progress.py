@@ -170,7 +170,7 @@ class Watcher:
         self.show = self.display.show
         self.total = 0
         self.training = False  # whether the workers do; until then there is no step
-        self.began: float | None = time.monotonic()  # None once a rank has spoken
+        self.began: float | None = None  # when workers that are silent were asked for
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
         self.ended: Exception | None = None
         self.placed = False  # whether all ranks were seen, and where they are
@@ -215,11 +215,15 @@ class Watcher:
     def begin_attempt(self) -> None:
         with self.guarding:
             self.placed = self.training = False
-            self.began = time.monotonic()
+            self.began = None
             ray.get(self.actor.begin_attempt.remote())
             self.watchdog.begin_attempt()
             if isinstance(self.ended, watchdog.Hang):
                 self.ended = None
+
+    def await_workers(self) -> None:
+        """From now until a rank speaks, show how long they take to start."""
+        self.began = time.monotonic()
 
     def guard(self) -> None:
         """Find a hang, have the ranks that answer write traces, kill all."""
@@ -274,20 +278,20 @@ class Watcher:
     def watch(self) -> None:
         while not self.done.wait(0.5):
             self.poll()
-            if self.began and self.display.live:
-                self.show(f"starting {self.took('...')}")
+            if (began := self.began) and self.display.live:
+                self.show(f"starting {self.took('...', began)}")
             with self.guarding:
                 self.guard()
 
-    def took(self, word: str) -> str:
+    def took(self, word: str, began: float) -> str:
         """So many workers, and the time since they were asked for."""
-        seconds = time.monotonic() - self.began
+        seconds = time.monotonic() - began
         return f"{self.config.num_workers} workers {word} {seconds:.0f} s"
 
     def poll(self) -> None:
         for record in ray.get(self.actor.take.remote()):
-            if self.began:
-                self.show(f"started {self.took('in')}", done=True)
+            if began := self.began:
+                self.show(f"started {self.took('in', began)}", done=True)
                 self.began = None
             if "notice" in record:
                 self.show(record["notice"], done=True)
