@@ -207,10 +207,10 @@ def test_a_signal_early_and_a_second_one(name, storage, survived):
 
     run = start("train_fsdp.py", storage, "--run_name", f"starting-{name}", *FLAGS)
     assert any("Ray cluster" in line for line in run.stdout), run.stderr.read()
-    time.sleep(2)  # until workers are asked for
+    time.sleep(2)  # until workers are asked for, or nearly
     run.send_signal(number)
     _, err = finish(run, code=1)
-    assert survived("signals", f"stopped: {name} before the workers trained\n" in err)
+    assert survived("signals", re.search("^stopped: .*before .*train", err))
 
     run = start("train_fsdp.py", storage, "--run_name", f"twice-{name}", *FLAGS)
     assert any("] step 4/" in line for line in run.stdout), run.stderr.read()
