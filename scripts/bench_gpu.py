@@ -40,6 +40,10 @@ OPTIONS = {
     "selective": {"activation_checkpointing": "selective"},
     "checkpointing": {"activation_checkpointing": "full"},
     "both": {"compile": True, "activation_checkpointing": "full"},
+    "kept": {"compile": True, "reshard_after_forward": False},
+    "some": {"compile": True, "activation_checkpointing": "selective"},
+    "mask": {"attn_implementation": "sdpa"},
+    "flex": {"attn_implementation": "flex_attention"},
 }
 TITLES = (
     "model",
@@ -64,20 +68,29 @@ def read_options() -> argparse.Namespace:
         parser.add_argument(name, nargs="+", choices=list(known), default=default)
     parser.add_argument("--rows", type=int, default=4, help="on each GPU")
     parser.add_argument("--seq_length", type=int, default=2048)
+    parser.add_argument(
+        "--documents", type=int, metavar="N", help="pack documents of about N tokens"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="to measure a case")
     parser.add_argument("--no_prediction", action="store_true")
     parser.add_argument("--profile", metavar="FILE", help="write the last case's steps")
     return parser.parse_args()
 
 
-def batches(run: Run, config, count: int) -> Iterator[list[dict]]:
-    """Random rows, other ones on every dp rank."""
+def batches(run: Run, config, count: int, documents=None) -> Iterator[list[dict]]:
+    """Random rows, other ones on every dp rank, of documents of about that length."""
     source = torch.Generator().manual_seed(run.mesh["dp"].get_local_rank())
     vocabulary = build_empty_model(config).config.vocab_size
     shape = (config.batch_size_per_gpu, config.seq_length)
     for _ in range(count):
         ids = torch.randint(vocabulary, shape, generator=source)
-        yield [{"input_ids": ids, "labels": ids}]
+        micro = {"input_ids": ids, "labels": ids}
+        if documents:
+            starts = torch.rand(shape, generator=source) < 1 / documents
+            starts[:, 0] = True
+            place = torch.arange(shape[1])
+            micro["position_ids"] = place - (place * starts).cummax(1).values
+        yield [micro]
 
 
 def measure(step, batch: list[dict], seconds: float) -> float:
@@ -101,7 +114,7 @@ def case(run: Run, engine: str, config, options: argparse.Namespace) -> list[str
         held = dryrun.predict(engine, config)
         predicted = dryrun.size(dryrun.peak(held))
     step = sizes.build(engine, config, run.mesh)
-    [batch] = batches(run, config, 1)
+    [batch] = batches(run, config, 1, options.documents)
     took = measure(step, batch, options.seconds)
     if options.profile:
         profile(step, batch, options)
@@ -145,6 +158,7 @@ def main() -> None:
                 seq_length=options.seq_length,
                 batch_size_per_gpu=options.rows,
                 dtype="auto",
+                pack="documents" if options.documents else "stream",
                 **OPTIONS[chosen],
             )
             try:

@@ -39,6 +39,11 @@ CHECKS = {
     "parity, SGD": partial(training.parity, optimizer="sgd"),
     "bfloat16": training.bfloat16,
     "autocast": training.autocast,
+    "packed documents": training.documents,
+    "packed documents, flex_attention": partial(
+        training.documents, attention="flex_attention"
+    ),
+    "waits": training.waits,
     "activation checkpointing": training.activation_checkpointing,
     "compile": training.compiled,
     "training": training.learns,
@@ -57,6 +62,8 @@ DEEPSPEED = {
         for stage in range(4)
     },
     "AutoTP: bfloat16": partial(training.bfloat16, engine="autotp"),
+    "AutoTP: packed documents": partial(training.documents, engine="autotp"),
+    "AutoTP: waits": partial(training.waits, engine="autotp"),
     "AutoTP: save, load, resume": partial(files.resume, engine="autotp"),
     "AutoTP: speed": partial(cost.speed, engine="autotp"),
 }

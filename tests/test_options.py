@@ -128,16 +128,20 @@ def test_no_step_waits_for_the_device(engine, plain, pools):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("engine", ["fsdp", "autotp"])
-def test_compiled_equals_plain(engine, plain, pools):
-    plain = replace(plain, dp_size=1, num_workers=2, batch_size_per_gpu=4)
+def test_compiled_equals_plain(engine, tp_size, plain, pools):
+    """Without tp a layer is compiled as one, with tp its attention and its MLP are."""
+    sizes = {"tp_size": tp_size, "dp_size": 2 // tp_size}
+    plain = replace(plain, **sizes, num_workers=2, batch_size_per_gpu=2 * tp_size)
     compiled = [
         replace(
             plain, compile=True, activation_checkpointing=kind, loss_chunk_tokens=24
         )
         for kind in ("selective", "full")
     ]
-    for expected, *others in pools(2, engine).run(train, engine, [plain, *compiled]):
+    ranks = pools(2, f"{engine}-compiled-{tp_size}")
+    for expected, *others in ranks.run(train, engine, [plain, *compiled]):
         for got in others:
             torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
             for weight, other in zip(got[1], expected[1], strict=True):

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -170,6 +171,10 @@ def write_files(place: Path, large: bool) -> None:
         folder.mkdir()
         np.save(folder / "input_ids.npy", rows)
         np.save(folder / "lengths.npy", lengths)
+    packed = shutil.copytree(place / "rows-128", place / "rows-128-documents")
+    starts = np.random.default_rng(0).random((len(ids) // 128, 128)) < 0.05
+    starts[:, 0] = True
+    np.save(packed / "starts.npy", starts)
     if large:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(

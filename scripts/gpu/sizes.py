@@ -58,7 +58,9 @@ def full_model(config: TrainConfig) -> nn.Module:
     """The whole model in float32, as every rank of the DeepSpeed engine begins with."""
     hf = models.load_model_config(config)
     with torch.device(config.device):
-        return AutoModelForCausalLM.from_config(hf, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(
+            hf, dtype=torch.float32, attn_implementation=config.attn_implementation
+        ).train()
 
 
 class MinimalLoop:
@@ -75,7 +77,7 @@ class MinimalLoop:
             parameter.data = parameter.data.to(half)
         models.checkpoint_activations(self.model, config)
         if config.compile:
-            models.compile_blocks(self.model)
+            models.compile_blocks(self.model, 1)
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
         self.device = device
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from scripts.gpu.harness import Failed, Run, Skipped, within
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.cost import memory
-from tp2d_lib.data import BatchLoader
+from tp2d_lib.data import BatchLoader, valid_tokens
 from tp2d_lib.model import guards
 
 STEPS = 5
+NAMES = ("input_ids", "labels")
 RATES = {"adamw": 1e-3, "sgd": 0.5}
 LOSS, NORM = 1e-4, 1e-3  # allowed relative errors in float32
 # Of the weights, relative to how far training moved them. AdamW moves a weight as far
@@ -41,7 +45,7 @@ def train_plain(config: TrainConfig) -> tuple[list, list, dict]:
     loader = BatchLoader(config, Path(config.prepared_data), dp_rank=0)
     losses, norms = [], []
     for (micro,) in itertools.islice(loader, STEPS):
-        loss = model.train()(**micro, use_cache=False).loss
+        loss = one_by_one(model.train(), micro)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         update.step()
@@ -49,6 +53,20 @@ def train_plain(config: TrainConfig) -> tuple[list, list, dict]:
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def one_by_one(model: nn.Module, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean loss of a token, each document of a row computed by itself."""
+    total = torch.zeros(())
+    whole = torch.arange(micro["input_ids"].shape[1]).expand_as(micro["input_ids"])
+    positions = micro.get("position_ids", whole)
+    for ids, labels, row in zip(*map(micro.get, NAMES), positions, strict=True):
+        lengths = (row == 0).nonzero().flatten()[1:].tolist()
+        parts = (each.tensor_split(lengths) for each in (ids, labels))
+        for document, targets in zip(*parts, strict=True):
+            logits = model(document[None], use_cache=False).logits[0, :-1]
+            total += F.cross_entropy(logits, targets[1:], reduction="sum")
+    return total / valid_tokens([micro])
 
 
 def expected(config: TrainConfig) -> tuple[list, list, dict]:
@@ -60,6 +78,7 @@ def expected(config: TrainConfig) -> tuple[list, list, dict]:
         seq_length=config.seq_length,
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
+        pack=config.pack,
         device="cpu",
         **whole,
     )
@@ -108,6 +127,39 @@ def bfloat16(run: Run, engine: str = "fsdp", **settings) -> str:
         losses=(largest(got_losses, losses), HALF_LOSS),
         norms=(largest(got_norms, norms), HALF_NORM),
     )
+
+
+def documents(run: Run, engine: str = "fsdp", attention: str | None = None) -> str:
+    """Documents in one row train as they would one by one."""
+    own = {"pack": "documents", "attn_implementation": attention}
+    own["prepared_data"] = str(run.place / "rows-128-documents")
+    if attention and run.device == "cpu":
+        raise Skipped(f"{attention} has no backward on a CPU")
+    exact = parity(run, "adamw", engine, **own)
+    return f"float32: {exact}; bfloat16: {bfloat16(run, engine, **own)}"
+
+
+def waits(run: Run, engine: str = "fsdp") -> str:
+    """In how many places the host waits for the GPU in a step."""
+    if run.device == "cpu":
+        raise Skipped("a CPU waits for nothing")
+    config = run.config(
+        pack="documents", prepared_data=str(run.place / "rows-128-documents")
+    )
+    built, batches = run.build(config, engine), run.batches(config, 4)
+    for batch in batches[:-1]:
+        built.step(batch)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        built.step(batches[-1])
+        torch.cuda.set_sync_debug_mode("default")
+    told = [w for w in told if "synchronizing CUDA operation" in str(w.message)]
+    places = {f"{Path(w.filename).name}:{w.lineno}" for w in told}
+    text = f"{len(told)} in a step {' '.join(sorted(places))}".strip()
+    if told and engine == "fsdp":
+        raise Failed(text)
+    return text
 
 
 def need_bfloat16(run: Run) -> None:

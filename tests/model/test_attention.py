@@ -6,10 +6,16 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.models import CONFIGS, FAMILIES, OTHERS, write_model
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model.attention import CAUSAL, attend_causally
+from tp2d_lib.model.attention import (
+    CAUSAL,
+    attend_causally,
+    document_starts,
+    flash_fits,
+)
 
 SEQ = 32
 WINDOWS = {"gemma3", "mistral"}  # gemma2 attends eagerly
+ON_GPU = {"pack": "documents", "device": "cuda"}
 
 
 @pytest.mark.parametrize("window", [SEQ // 2, SEQ])
@@ -26,3 +32,32 @@ def test_same_loss(name, window, tmp_path):
     masks = bool(settings) and window < SEQ
     without_mask = model.config._attn_implementation == CAUSAL
     assert without_mask == (sdpa and not masks)
+
+
+def test_documents_start_where_positions_do():
+    """Of two rows: documents of 3 and 5 tokens, and of 1, 2 and 5."""
+    lengths = [3, 5, 1, 2, 5]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    starts, longest = document_starts(positions.view(2, 8))
+    assert starts.tolist() == [0, 3, 8, 9, 11, 16]
+    assert starts.dtype == torch.int32
+    assert longest == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        (ON_GPU, True),
+        (ON_GPU | {"pack": "stream"}, False),
+        (ON_GPU | {"device": "cpu"}, False),
+        (ON_GPU | {"dtype": "float32"}, False),  # FlashAttention has no kernel for it
+        (ON_GPU | {"dtype": "float32", "autocast": True}, True),
+        (ON_GPU | {"attn_implementation": "sdpa"}, False),
+    ],
+)
+def test_flash_attention_is_for_packed_documents_on_gpus(settings, fits, tmp_path):
+    path = write_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert flash_fits(model, TrainConfig(model_name=path, **settings)) == fits
+    model.config.attention_dropout = 0.1
+    assert not flash_fits(model, TrainConfig(model_name=path, **settings))

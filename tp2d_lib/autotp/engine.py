@@ -48,7 +48,7 @@ def train_step(
     norm before clipping: 0-d tensors, the same on every rank.
     """
     dp_group, wrapped = engine.mesh.get_group("dp"), engine.wrapped
-    valid = valid_tokens(batch).to(engine.device)
+    valid = valid_tokens(batch).to(engine.device, non_blocking=True)
     dist.all_reduce(valid, group=dp_group)  # over the global batch
     valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
     total = torch.zeros((), device=engine.device)
@@ -131,7 +131,7 @@ def build_engine(
         check_same_function(expected, probe(wrapped), allowed, description)
     regularize(wrapped.module, config, mesh.get_group("tp"))
     if config.compile:
-        models.compile_blocks(wrapped.module)
+        models.compile_blocks(wrapped.module, config.tp_size)
     if config.zero_stage < 3:  # whose weights exist only while their module runs
         compute_loss_in_chunks(wrapped.module, config)
     return AutoTPEngine(wrapped, mesh, config, train_step, description)

@@ -23,7 +23,7 @@ from tp2d_lib import data, mesh
 from tp2d_lib import model as models
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, memory
-from tp2d_lib.model.attention import attend_without_mask
+from tp2d_lib.model.attention import attend_without_mask, flash_fits
 from tp2d_lib.model.chunks import chunk_tokens
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
@@ -122,6 +122,7 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
     dtype, _ = models.pick_dtype(config, config.device)
     dtype = str(dtype).removeprefix("torch.")
     chunk = chunk_tokens(config, models.load_model_config(config).vocab_size)
+    asked = config
     config = replace(
         config,
         device="cpu",
@@ -150,7 +151,8 @@ def simulate(engine: str, config: TrainConfig) -> dict[str, int]:
         built.gradients_checked = True  # exclude a collective of the first step only
         shape = (config.batch_size_per_gpu, config.seq_length)
         micro = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-        if config.pack == "documents":  # with a mask
+        masks = not flash_fits(built.model, asked)
+        if config.pack == "documents" and masks:
             micro["position_ids"] = micro["input_ids"]
         batch = [micro | {"labels": micro["input_ids"]}]
         batch *= config.gradient_accumulation_steps

@@ -49,7 +49,7 @@ def train_step(
     norm before clipping: 0-d tensors, the same on every rank.
     """
     dp_group = engine.mesh.get_group("dp")
-    valid = valid_tokens(batch).to(engine.device)
+    valid = valid_tokens(batch).to(engine.device, non_blocking=True)
     dist.all_reduce(valid, group=dp_group)  # over the global batch
     valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
     loss = torch.zeros((), device=engine.device)
@@ -125,7 +125,7 @@ def build_engine(
         model.set_reshard_after_forward(False)
     load(model, config, device)
     if config.compile:
-        models.compile_blocks(model)
+        models.compile_blocks(model, config.tp_size)
     regularize(model, config, mesh.get_group("tp"))
     shards = config.tp_size if stream.is_shard() else 1
     compute_loss_in_chunks(model, config, sequence_shards=shards)

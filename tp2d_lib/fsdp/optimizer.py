@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 
+@torch.no_grad()  # so that to_local is cheap
 def global_grad_norm(model: nn.Module) -> torch.Tensor:
     """The 2-norm of the global gradient, a 0-d tensor equal on every rank.
 

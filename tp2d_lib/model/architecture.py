@@ -75,13 +75,16 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
     return model.train()
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the attention and MLP of each layer when they are first called.
+def compile_blocks(model: nn.Module, tp_size: int) -> None:
+    """Compile each layer when it is first called, or its attention and MLP with tp.
 
-    The layer is not compiled as one: with sequence-parallel input, torch 2.13 would
-    silently return a wrong gradient to the embedding.
+    With sequence-parallel input to the layer as one, torch 2.13 would silently return a
+    wrong gradient to the embedding.
     """
     for layer in model.get_decoder().layers:
+        if tp_size == 1:
+            layer.forward = torch.compile(layer.forward)  # without FSDP's hooks
+            continue
         for block in layer.children():
             if next(block.children(), None) is not None:  # not a norm: too small
                 block.compile()

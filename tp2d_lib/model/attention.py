@@ -6,13 +6,19 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.model.architecture import device_type, pick_dtype
 from tp2d_lib.model.guards import PlanError, sliding_window
 
 CAUSAL = "tp2d_causal"  # sdpa, for which transformers makes no masks
+VARLEN = "tp2d_varlen"  # FlashAttention within documents, which needs none either
+# torch 2.11 takes fewer heads of keys than of queries unasked.
+ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+GQA = {"enable_gqa": True} if ASKED else {}
 KINDS = {"full_attention", "sliding_attention"}
 IGNORED = -100  # label of a position that does not count, as in torch and transformers
 
@@ -38,11 +44,44 @@ def attend_causally(model: nn.Module, config: TrainConfig) -> None:
     """
     if needs_no_mask(model, config):
         attend_without_mask(model)
+        if flash_fits(model, config):
+            model.set_attn_implementation(VARLEN)
 
 
 def attend_without_mask(model: nn.Module) -> None:
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    AttentionInterface.register(VARLEN, attend_within_documents)
     model.set_attn_implementation(CAUSAL)
+
+
+def flash_fits(model: nn.Module, config: TrainConfig) -> bool:
+    """Whether PyTorch's FlashAttention can compute packed documents, and may."""
+    if config.pack != "documents" or device_type(config) != "cuda":
+        return False
+    hf = model.config
+    size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    half = pick_dtype(config, "cuda")[0] in (torch.bfloat16, torch.float16)
+    plain = size % 8 == 0 and size <= 256 and not getattr(hf, "attention_dropout", 0)
+    return half and plain and config.attn_implementation is None
+
+
+def attend_within_documents(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of rows, (batch, heads, seq, head size), that hold documents."""
+    rows, _, seq, _ = query.shape
+    packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    out = varlen_attn(*packed, *bounds, scale=scaling, window_size=(-1, 0), **GQA)
+    return out.unflatten(0, (rows, seq)), None
 
 
 def model_inputs(
@@ -51,15 +90,33 @@ def model_inputs(
     """A micro-batch on the device, with what keeps attention within documents.
 
     Where it has ``position_ids`` (batch, seq), a document begins at each 0. A model
-    that makes masks sees this itself. One that makes none gets a mask for the whole
-    rows, of which a tp rank may hold a share: (batch, 1, seq, seq), True to attend.
+    that makes masks sees this itself. One that makes none gets, for the whole rows, of
+    which a tp rank may hold a share, where documents begin, or else a mask: (batch, 1,
+    seq, seq), True to attend.
     """
     inputs = {k: v.to(device, non_blocking=True) for k, v in micro.items()}
-    if "position_ids" in inputs and model.config._attn_implementation == CAUSAL:
+    chosen, positions = model.config._attn_implementation, micro.get("position_ids")
+    if positions is not None and chosen == VARLEN:
+        starts, longest = document_starts(positions)
+        inputs["cu_seq_lens_q"] = starts.to(device, non_blocking=True)
+        inputs["max_length_q"] = longest
+    elif positions is not None and chosen == CAUSAL:
         document = (inputs["position_ids"] == 0).cumsum(1)
         same = document.unsqueeze(1) == document.unsqueeze(2)
         inputs["attention_mask"] = same.tril().unsqueeze(1)
     return inputs
+
+
+def document_starts(positions: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where documents begin in rows laid end to end, and how long one is at most.
+
+    The first is int32, and ends with the number of tokens; the second is rounded up to
+    a power of two, so that compiled code meets few of them.
+    """
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    starts = torch.cat([starts, starts.new_tensor([positions.numel()])])
+    longest = int(starts.diff().max())
+    return starts.int(), 1 << (longest - 1).bit_length()
 
 
 def check_documents(model: nn.Module, config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.attention.varlen  # registers the operator below
 from torch import nn
 from torch.utils._pytree import tree_leaves  # has no public name
 from torch.utils.checkpoint import (
@@ -21,6 +22,7 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 
