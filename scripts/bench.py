@@ -31,6 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.benchmarks import plot
 from scripts.benchmarks.checkpoints import compare_checkpoints
 from scripts.benchmarks.data import compare_data
+from scripts.benchmarks.growth import (
+    compare_corpora,
+    compare_lengths,
+    compare_ranks,
+    compare_vocabularies,
+)
 from scripts.benchmarks.harness import CORES, report
 from scripts.benchmarks.memory import compare_memory, compare_peaks
 from scripts.benchmarks.runs import compare_ray
@@ -41,6 +47,7 @@ from scripts.benchmarks.sizes import (
     compare_124m_deepspeed,
 )
 from scripts.benchmarks.tokens import compare_tokens
+from scripts.benchmarks.traffic import compare_traffic
 from scripts.benchmarks.training import (
     compare_engines,
     compare_steps,
@@ -60,10 +67,16 @@ COMPARISONS = {
     "124M-deepspeed": compare_124m_deepspeed,
     "ray": compare_ray,
     "peaks": compare_peaks,
+    "traffic": compare_traffic,
+    "ranks": compare_ranks,
+    "lengths": compare_lengths,
+    "vocabularies": compare_vocabularies,
+    "corpora": compare_corpora,
 }
 
 
 PLOT = Path("build/bench.png")
+GROWTH = Path("build/growth.png")
 
 
 def main() -> None:
@@ -76,7 +89,7 @@ def main() -> None:
     if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
         parser.error(f"--rounds must be at least 1, --only any of {names}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then as well
-    sizes = {}
+    sizes, growth = {}, {}
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
         os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")
@@ -88,12 +101,18 @@ def main() -> None:
                 print(f"\nskipped: {name}, for want of /proc/self/status")
                 continue
             compare = COMPARISONS[name]
-            rows = report(compare.__doc__.rstrip(), *compare(options.rounds, storage))
+            table = compare(options.rounds, storage)
+            rows = report(compare.__doc__.rstrip(), *table)
+            if len(table) > 2:
+                growth[name] = table
             if name[0].isdigit():  # a size
                 sizes.setdefault(name.split("-")[0], {}).update(rows)
     if sizes:
         plot.draw(sizes, PLOT)
         print(f"\n{PLOT}")
+    if growth:
+        plot.draw_growth(growth, GROWTH)
+        print(f"\n{GROWTH}")
 
 
 if __name__ == "__main__":

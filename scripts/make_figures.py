@@ -13,7 +13,7 @@ from pathlib import Path
 # So that `scripts` is found when this file is started by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.figures import house, mesh, sharding, step
+from scripts.figures import collectives, house, mesh, sharding, step
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
@@ -23,6 +23,7 @@ def figures() -> dict[str, str]:
     draw = (
         mesh.device_mesh,
         sharding.column_row_parallel,
+        collectives.collectives,
         sharding.two_dimensional,
         step.one_step,
         sharding.fused_weights,

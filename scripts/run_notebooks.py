@@ -9,15 +9,18 @@ import argparse
 import ast
 import os
 import re
-import shutil
+import sys
 import time
 from pathlib import Path
 
+# So that `scripts` is found when this file is started by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import nbformat
 import papermill
-from nbconvert import HTMLExporter, MarkdownExporter
-from nbconvert.writers import FilesWriter
 from traitlets.config import Config
+
+from scripts import make_site
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -37,24 +40,18 @@ def execute(notebook: Path, build: Path, parameters: dict) -> Path:
     return output
 
 
-def render(executed: Path, build: Path) -> list[Path]:
-    """Write HTML and Markdown beside the executed notebook, with every image."""
-    shutil.copytree(ROOT / "images", build / "images", dirs_exist_ok=True)
-    offline = {"mathjax_url": "", "require_js_url": ""}  # no formula, no widget
-    written = []
-    for exporter in (HTMLExporter(**offline), MarkdownExporter()):
-        body, resources = exporter.from_filename(str(executed))
-        writer = FilesWriter(build_directory=str(executed.parent))
-        written.append(Path(writer.write(body, resources, notebook_name=executed.stem)))
-    return written
-
-
 def summary(executed: Path) -> str:
     """What the notebook's cell with the tag "summary" printed."""
     for cell in nbformat.read(executed, as_version=4).cells:
         if "summary" in cell.metadata.get("tags", []):
-            return "".join(output.get("text", "") for output in cell.outputs)
+            return "".join(map(plain, cell.outputs))
     return ""
+
+
+def plain(output) -> str:
+    """An output's text: what was printed, or what stands for what was shown."""
+    shown = output.get("data", {}).get("text/plain", "")
+    return output.get("text", "") or f"{shown}\n"
 
 
 def write_readme(name: str, printed: str, readme: Path = ROOT / "README.md") -> bool:
@@ -96,13 +93,13 @@ def main() -> None:
     for notebook in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
         started = time.time()
         executed = execute(notebook, build, parameters)
-        pages = render(executed, build)
         print(f"\n{notebook.name}, executed in {time.time() - started:.0f} s\n")
         printed = summary(executed)
         print(printed)
         if arguments.write_readme and not write_readme(notebook.stem, printed):
             print("README.md is left unchanged: its figures are from the demo.")
-        print("Open:", *(f"\n  {page}" for page in [executed, *pages]), sep="")
+        print(f"Open: {executed}")
+    print("Pages:", *(f"\n  {page}" for page in make_site.write(build)), sep="")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-Table = tuple[str, dict[str, list[float]]]  # the unit, and a list of values by row
+# The unit, a list of values by row, and perhaps what theory says, over the first row.
+Table = tuple[str, dict[str, list[float]]] | tuple[str, dict, list[float]]
 AFFINITY = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
 CORES = len(AFFINITY(0))
 
@@ -68,16 +69,21 @@ def alternate(rounds: int, measures: dict[str, Callable]) -> dict[str, list]:
 
 
 def report(
-    text: str, unit: str, values: dict[str, list[float]]
+    text: str,
+    unit: str,
+    values: dict[str, list[float]],
+    theory: list[float] | None = None,
 ) -> dict[str, list[float]]:
     """Print a table; returns its rows, but for the first one, divided by that one."""
     first, width = next(iter(values)), max(map(len, values))
     relative = {}
-    print(f"\n{text}\n\n    {'':{width}}{unit:>24}{'x the first row':>20}")
-    for name, row in values.items():
+    last = "" if theory is None else f"{'in theory':>12}"
+    print(f"\n{text}\n\n    {'':{width}}{unit:>24}{'x the first row':>20}{last}")
+    for index, (name, row) in enumerate(values.items()):
         ratios = [a / b for a, b in zip(row, values[first], strict=True)]
         shown = "1" if name == first else spread(ratios)
-        print(f"    {name:{width}}{spread(row):>24}{shown:>20}", flush=True)
+        last = "" if theory is None else f"{theory[index]:>12.2f}"
+        print(f"    {name:{width}}{spread(row):>24}{shown:>20}{last}", flush=True)
         if name != first:
             relative[name] = ratios
     return relative

@@ -1,6 +1,7 @@
 """The same training step written without this project, to be timed beside it.
 
-Accelerate 1.15 has no row: its ParallelismConfig refuses CPUs.
+A step has its ``model``, whose parameters know their meshes. Accelerate 1.15 has no
+row: its ParallelismConfig refuses CPUs.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def stepping(model: nn.Module, config: TrainConfig, **options) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
+    step.model = model
     return step
 
 
@@ -115,6 +117,7 @@ def plain_pytorch(config: TrainConfig) -> Step:
         with loss_parallel():
             step([batch[0] | {"position_ids": torch.arange(length)[None]}])
 
+    with_positions.model = model
     return with_positions
 
 
@@ -144,6 +147,7 @@ def published_loop(config: TrainConfig) -> Step:
         optimizer.step()
         loss.item()
 
+    step.model = model
     return step
 
 
@@ -180,4 +184,5 @@ def plain_deepspeed(config: TrainConfig) -> Step:
         engine.backward(engine(**batch[0], use_cache=False).loss)
         engine.step()
 
+    step.model = model
     return step

@@ -35,3 +35,23 @@ def draw(tables: dict[str, Ratios], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", dpi=150)
     plt.close(figure)
+
+
+def draw_growth(tables: dict[str, tuple], path: Path) -> None:
+    """A panel for each table: what was measured, and what theory says."""
+    figure, panels = plt.subplots(1, len(tables), squeeze=False)
+    figure.set_size_inches(4 * len(tables), 3.5)
+    for axes, (title, (unit, values, theory)) in zip(
+        panels[0], tables.items(), strict=True
+    ):
+        places, first = range(len(values)), median(next(iter(values.values())))
+        lowest, highest = (list(map(f, values.values())) for f in (min, max))
+        axes.fill_between(places, lowest, highest, alpha=0.3)
+        axes.plot(places, [median(row) for row in values.values()], "o-", label=unit)
+        axes.plot(places, [first * each for each in theory], "k--", label="in theory")
+        axes.set_xticks(places, values, rotation=30, ha="right")
+        axes.set_yscale("log")
+        axes.set_title(title)
+        axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+    plt.close(figure)

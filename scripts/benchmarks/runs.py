@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from io import StringIO
+from math import prod
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from scripts.benchmarks.harness import Table, alternate, processes
+from scripts.benchmarks.harness import CORES, Table, alternate, processes
 from scripts.benchmarks.sizes import (
     SIZES,
     autotp,
@@ -28,7 +29,7 @@ from scripts.benchmarks.training import step_time
 SIZE, STEPS = "26M", 8
 
 
-def time_in_run(storage: str, engine: str) -> float:
+def time_in_run(storage: str, engine: str, dp_size: int, tp_size: int) -> float:
     """Milliseconds per step of a run, but for the first two."""
     from tp2d_lib import checkpoint, launch
 
@@ -36,8 +37,8 @@ def time_in_run(storage: str, engine: str) -> float:
     config = config_at(
         storage,
         SIZE,
-        2,
-        2,
+        dp_size,
+        tp_size,
         prepared_data=write_rows(f"{storage}/rows", rows * STEPS, tokens),
         run_name=f"{engine}-{time.time_ns()}",
         log_interval=2,
@@ -59,19 +60,23 @@ def write_rows(folder: str, rows: int, tokens: int) -> str:
 
 
 def compare_ray(rounds: int, storage: str) -> Table:
-    """11. Ray: one step of the model of 26 million parameters in four processes, and in
-    a run that Ray started, with its loop, its log and its progress; dp2 x tp2 mesh.
+    """11. Ray: one step of the model of 26 million parameters in processes of one
+    thread, and in a run that Ray started, with its loop, its log and its progress.
+    Ray's own processes need a core that the ranks leave free.
     """
     os.environ["RAY_ADDRESS"] = "local"  # a cluster of our own
     import ray  # here: no other comparison needs it
 
     write_model(storage, SIZE)
-    with processes(4, threads=1) as ranks:
+    with processes(1, threads=1) as one, processes(4, threads=1) as four:
         measures = {}
-        for name, build in (("fsdp", fsdp), ("autotp", autotp)):
-            of = (training, storage, SIZE, build, 2, 2)
-            measures[f"{name}, processes"] = partial(step_time, ranks, *of)
-            measures[f"{name}, run"] = partial(time_in_run, storage, name)
+        for ranks, mesh in ((one, (1, 1)), (four, (2, 2))):
+            for engine, build in (("fsdp", fsdp), ("autotp", autotp)):
+                name = f"{engine}, {prod(mesh)} rank(s) on {CORES} cores"
+                of = (training, storage, SIZE, build, *mesh)
+                measures[f"{name}, processes"] = partial(step_time, ranks, *of)
+                in_run = partial(time_in_run, storage, engine, *mesh)
+                measures[f"{name}, run"] = in_run
         alternate(1, {name: measures[name] for name in measures if "run" not in name})
         try:
             return "ms per step", alternate(rounds, measures)

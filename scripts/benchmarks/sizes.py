@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,16 +47,14 @@ SIZES = {
 }
 
 
-def fsdp(config: TrainConfig) -> Callable:
-    from tp2d_lib.fsdp import build_engine
+def step_of(name: str, config: TrainConfig) -> Callable:
+    module = import_module(f"tp2d_lib.{name}")
+    engine = module.build_engine(config, build_mesh(config.dp_size, config.tp_size))
+    engine.step.model = engine.model
+    return engine.step
 
-    return build_engine(config, build_mesh(config.dp_size, config.tp_size)).step
 
-
-def autotp(config: TrainConfig) -> Callable:
-    from tp2d_lib.autotp import build_engine
-
-    return build_engine(config, build_mesh(config.dp_size, config.tp_size)).step
+fsdp, autotp = partial(step_of, "fsdp"), partial(step_of, "autotp")
 
 
 PYTORCH = {

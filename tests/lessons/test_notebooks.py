@@ -8,16 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from playwright.sync_api import sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, pipeline
 
-from scripts import run_notebooks, sync_notebooks
+from scripts import make_site, run_notebooks, sync_notebooks
+from tests.support import browser
 from tests.support.demo import train_without_ray
 from tp2d_lib.config import ConfigError
 from tp2d_lib.flags import read_config
@@ -71,13 +72,12 @@ def execute(tmp_path_factory):
 
 def printed(notebook) -> str:
     """Everything a notebook printed, in order."""
-    outputs = [
-        output
+    return "\n".join(
+        run_notebooks.plain(output)
         for cell in notebook.cells
         if cell.cell_type == "code"
         for output in cell.outputs
-    ]
-    return "\n".join(output.get("text", "") for output in outputs)
+    )
 
 
 def number(pattern: str, text: str) -> float:
@@ -256,36 +256,72 @@ def test_the_readme_is_only_written_with_the_demos_figures(tmp_path):
     assert readme.read_text() == "<!-- x -->\n```\npreset  demo\n```\n<!-- /x -->\n"
 
 
-class Images(HTMLParser):
-    """Sources and alt texts of a page's images, and addresses of its scripts."""
-
-    def __init__(self):
-        super().__init__()
-        self.images, self.scripts = [], []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag == "img":
-            self.images.append((attrs["src"], attrs.get("alt", "")))
-        if tag in ("script", "link") and (attrs.get("src") or attrs.get("href")):
-            self.scripts.append(attrs.get("src") or attrs.get("href"))
+@pytest.fixture(scope="module")
+def site(execute, tmp_path_factory):
+    """The pages of both notebooks."""
+    build = tmp_path_factory.mktemp("site")
+    (build / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        executed = execute(path)[1] / "notebooks" / path.name
+        shutil.copy(executed, build / "notebooks")
+    make_site.write(build, "https://example.org/docs/")
+    return build / "site"
 
 
-@each
-def test_renders_with_every_image_in_place(path, execute):
-    build = execute(path)[1]
-    html, markdown = run_notebooks.render(build / "notebooks" / path.name, build)
-    page = Images()
-    page.feed(html.read_text())
-    files = [src for src, _ in page.images if not src.startswith("data:")]
-    assert len(files) == {FSDP: 4, AUTOTP: 3}[path]  # the figures
-    assert len(page.images) >= len(files) + 3  # and the plots
-    assert all((html.parent / src).is_file() for src in files)
-    assert all(len(alt) > 20 for src, alt in page.images if src in files)
-    assert page.scripts == []  # complete without a network
-    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown.read_text())
-    assert len(links) == len(page.images)
-    assert all((markdown.parent / link).is_file() for link in links)
+@pytest.fixture(scope="module")
+def chromium():
+    if browser.CHROMIUM is None:
+        pytest.skip("the pages were not opened, for want of Chromium")
+    with sync_playwright() as playwright:
+        options = {"executable_path": browser.CHROMIUM, "args": ["--no-sandbox"]}
+        started = playwright.chromium.launch(**options)
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", make_site.ADDRESSES.values())
+def test_a_page_in_a_browser(name, width, scheme, site, chromium):
+    assert browser.problems(chromium, site / name, width, scheme) == []
+
+
+def test_a_cell_is_copied(site, chromium):
+    page = chromium.new_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto((site / "fsdp2_dtensor.html").as_uri())
+    cell = page.locator(".code", has_text="ranks = Ranks(4)")
+    cell.hover()
+    cell.get_by_role("button", name="Copy").click()
+    cell.get_by_text("Copied").wait_for()
+    assert "ranks = Ranks(4)" in page.evaluate("navigator.clipboard.readText()")
+    page.close()
+
+
+def test_pages_tell_what_was_executed(site):
+    for path in NOTEBOOKS:
+        page = (site / f"{path.stem}.html").read_text()
+        title = read(path).cells[0].source.splitlines()[0].removeprefix("# ")
+        assert f"<title>{title}</title>" in page
+        assert re.search(r"<footer>preset: demo .* PyTorch \S+.* executed \d{4}-", page)
+        assert 'id="the-mesh-which-rank-goes-where"' in page
+
+
+def test_markdown_for_docs_sites(site):
+    """Each notebook's plots are its own, with their alt texts."""
+    folder, base = site / "markdown", "https://example.org/docs/"
+    seen = []
+    for path in NOTEBOOKS:
+        text = (folder / f"{path.stem}.md").read_text()
+        assert text.startswith('---\ntitle: "Train a language model')
+        images = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
+        plots = [link for _, link in images if path.stem in link]
+        assert len(plots) >= 3
+        assert all(len(alt) > 20 and alt != "png" for alt, _ in images)
+        links = [link.removeprefix(base) for _, link in images]
+        assert all((folder / link).is_file() for link in links)
+        seen += plots
+    assert len(seen) == len(set(seen))
 
 
 @pytest.mark.ranks

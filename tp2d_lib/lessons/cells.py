@@ -54,15 +54,17 @@ def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
     """Losses and weights of a plain loop in one process, on the same rows."""
     alone = replace(config, tp_size=1, dp_size=1, num_workers=1, batch_size_per_gpu=4)
     model = AutoModelForCausalLM.from_pretrained(config.model_name)
-    adamw = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = kind(model.parameters(), **settings)
     losses = []
     loader = BatchLoader(alone, Path(config.prepared_data), dp_rank=0)
     for (micro,) in itertools.islice(loader, steps):
         loss = model(**micro).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses, dict(model.named_parameters())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from tp2d_lib.config import ConfigError, closest, first_line
@@ -55,19 +57,47 @@ def assigned(source: str) -> set[str]:
 
 
 def table(rows: Sequence[dict]) -> None:
-    """Print rows that have the same keys as aligned columns."""
+    """Show rows that have the same keys: as text, and on a page as a table."""
+    from IPython.display import display  # here, as below: notebooks only
+
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    display({"text/plain": aligned(cells), "text/html": html_table(cells)}, raw=True)
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Columns of text, the first row being their titles."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for index, row in enumerate(cells):
-        pairs = zip(row, widths, strict=True)
-        print("  ".join(cell.ljust(width) for cell, width in pairs).rstrip())
-        if index == 0:
-            print("  ".join("-" * width for width in widths))
+    lines = [
+        "  ".join(map(str.ljust, row, widths)).rstrip()
+        for row in [cells[0], ["-" * width for width in widths], *cells[1:]]
+    ]
+    return "\n".join(lines)
+
+
+def html_table(cells: list[list[str]]) -> str:
+    head, *body = (
+        "".join(f"<{kind}>{escape(cell)}</{kind[:2]}>" for cell in row)
+        for kind, row in zip(
+            ["th scope=col", *["td"] * len(cells)], cells, strict=False
+        )
+    )
+    rows = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def answer(given: float | None, right: float) -> None:
+    """Say whether the answer to an exercise is right, to one percent."""
+    if given is None:
+        print("no answer yet: put your number in the place of None")
+    elif math.isclose(given, right, rel_tol=0.01):
+        print("right")
+    else:
+        print(f"{given} is not right: think again, or open the answer")
 
 
 def show(figure, alt: str) -> None:
     """Show a plot, with its alt text."""
-    from IPython.display import display  # here: notebooks only
+    from IPython.display import display
 
     display(figure, metadata={"image/png": {"alt": alt}})
 

@@ -25,12 +25,18 @@ STYLE = {
 ON_EACH_OTHER = ({"linewidth": 6, "alpha": 0.35}, {"linewidth": 1.8})
 
 
+def whole_steps(*axes: plt.Axes) -> None:
+    for each in axes:
+        each.xaxis.get_major_locator().set_params(integer=True)
+
+
 def training(history: Sequence[dict]) -> plt.Figure:
     """Loss and throughput of a run, side by side, over its steps."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2)
         steps = [record["step"] for record in history]
         left.plot(steps, [record["loss"] for record in history])
+        whole_steps(left, right)
         left.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
         speed = [record["tokens_per_second"] for record in history]
         right.plot(steps, speed, color=COLOURS[1])
@@ -52,6 +58,7 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
         axes.axvspan(resumed_from, killed_at, color="#e5e5e5", zorder=0)
         axes.axvline(killed_at, color="black", linestyle=":", label="worker killed")
         axes.axvline(resumed_from, color="black", linewidth=1, label="last checkpoint")
+        whole_steps(axes)
         axes.set(xlabel="step", ylabel="loss", title="Interrupted and uninterrupted")
         axes.legend()
     plt.close(figure)  # shown by the notebook, once
@@ -64,6 +71,7 @@ def curves(runs: dict[str, Sequence[float]]) -> plt.Figure:
         figure, axes = plt.subplots()
         for (label, losses), style in zip(runs.items(), ON_EACH_OTHER, strict=True):
             axes.plot(range(1, len(losses) + 1), losses, label=label, **style)
+        whole_steps(axes)
         axes.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
         axes.legend()
     plt.close(figure)  # shown by the notebook, once
