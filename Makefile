@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint check test test-faults bench sync figures template bump clean
+.PHONY: demo site lint check test test-faults bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, write what they proved
 	$(BIN)/python scripts/run_notebooks.py --write_readme
+
+site: .venv/installed  ## write build/site/ from the notebooks that make demo executed
+	$(BIN)/python scripts/make_site.py
 
 lint: .venv/installed  ## style, layers of imports, mirrored cells
 	$(BIN)/ruff check .
