@@ -15,7 +15,8 @@ from nbconvert.filters import markdown2html
 TEMPLATE = Path(__file__).parent / "template"
 HEADING = re.compile(r'<h([1-6]) id="[^"]*">(.*?)<a class="anchor-link".*?</a></h\1>')
 IMAGE = re.compile(r'<img ([^>]*?)src="(?!data:)([^"]+)"([^>]*?)>')
-LINK = re.compile(r'href="([\w/.-]+)\.ipynb(#[^"]*)?"')
+LINK = re.compile(r'href="([\w/.-]+)\.ipynb"')
+PLACE = re.compile(r'href="#([^"]+)"')  # as in Jupyter
 
 
 def anchor(title: str) -> str:
@@ -47,7 +48,8 @@ def text(source: str, folder: Path) -> str:
     """A Markdown cell as HTML."""
     page = HEADING.sub(heading, markdown2html(source))
     page = IMAGE.sub(lambda match: inlined(match, folder), page)
-    page = LINK.sub(r'href="\1.html\2"', page)
+    page = LINK.sub(r'href="\1.html"', page)
+    page = PLACE.sub(lambda match: f'href="#{anchor(match[1])}"', page)
     page = page.replace("<pre>", '<pre tabindex="0">')
     page = page.replace("<table>", '<div class="wide" tabindex="0"><table>')
     return f'<div class="text">{page.replace("</table>", "</table></div>")}</div>'

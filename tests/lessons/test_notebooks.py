@@ -118,6 +118,10 @@ def test_the_model_learned(path, execute):
     text = printed(execute(path)[0])
     first, last = re.search(r"loss ([\d.]+) -> ([\d.]+) in", text).groups()
     assert float(last) < float(first) - 0.5
+    if path == FSDP:
+        held_out = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", text).groups()
+        guess = number(r"ln\(2048\) =", text)
+        assert float(held_out[1]) < float(held_out[0]) < guess
 
 
 @each
@@ -151,6 +155,64 @@ def test_summary_repeats_the_figures(path, execute):
     text = run_notebooks.summary(execute(path)[1] / "notebooks" / path.name)
     for what in ("preset", "loss", "parity", "resume error", "tokens/s"):
         assert what in text
+
+
+def test_a_dtensor_is_shown_before_it_is_used(execute):
+    text = printed(execute(FSDP)[0])
+    held = re.findall(
+        r"^(\S.*?\S) +(\w+\(.*?\)) +([01]) +(\[.*\])$", text, re.MULTILINE
+    )
+    steps = {(name, placement) for name, placement, _, _ in held}
+    assert steps == {
+        ("rows", "Shard(dim=0)"),
+        ("copies", "Replicate()"),
+        ("columns @ rows", "Partial(sum)"),
+        ("sum", "Shard(dim=0)"),
+    }
+    assert ("rows", "Shard(dim=0)", "1", "[8, 9, 10, 11], [12, 13, 14, 15]") in held
+
+
+def test_every_plan_computes_the_same(execute):
+    """Each one shards more than the one before, and communicates."""
+    text = printed(execute(FSDP)[0]).replace(",", "")
+    line = r"^(?:no plan|the MLPs|\+ \w+) +[\d.]+ +(\S+) +(\d+) +(\d+) +(\d+)$"
+    rows = [list(map(float, row)) for row in re.findall(line, text, re.MULTILINE)]
+    errors, weights, activations, sent = zip(*rows, strict=True)
+    assert len(rows) == 5
+    assert max(errors) < 1e-5
+    assert list(weights) == sorted(weights, reverse=True)
+    assert len(set(weights)) == 4  # the last plan shards activations only
+    assert list(activations) == sorted(activations, reverse=True)
+    assert sent[0] == 0 < min(sent[1:])
+
+
+def test_what_stays_sharded(execute):
+    text = printed(execute(FSDP)[0]).replace(",", "")
+    assert "logits: (2 128 2048) on each rank: (2 128 1024)" in text
+    assert number("with sequence parallelism:", text) < number(
+        "without sequence parallelism:", text
+    )
+
+
+def test_bare_ray_train_leaves_a_checkpoint(execute):
+    text = printed(execute(FSDP)[0])
+    assert re.search(r"^\{'step': 3, 'loss': 7\.\d+\}$", text, re.MULTILINE)
+    files = {path.name for path in execute(FSDP)[1].glob("runs/bare-bones/step-3/*")}
+    assert files >= {".metadata", *(f"__{rank}_0.distcp" for rank in range(4))}
+
+
+@each
+def test_exercises_wait_for_an_answer(path, execute):
+    assert printed(execute(path)[0]).count("no answer yet") == 3
+
+
+def test_an_answer_is_checked(capsys):
+    for given in (None, 2.333, 2.0):
+        notebook.answer(given, 7 / 3)
+    none, right, wrong = capsys.readouterr().out.splitlines()
+    assert "no answer yet" in none
+    assert right == "right"
+    assert wrong.startswith("2.0 is not right")
 
 
 def test_the_mistake_is_measured(execute):
