@@ -40,12 +40,19 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     from tp2d_lib.model import PlanError
 
     launch.quiet()
-    is_dry_run = given.pop("dry_run", False)
+    is_dry_run, ranks = given.pop("dry_run", False), given.pop("plan_mesh", None)
     try:
+        if ranks is not None:
+            if ranks < 1:
+                raise ConfigError(f"plan_mesh={ranks} must be positive; try 8")
+            given |= {"tp_size": 1, "dp_size": ranks}
         config = read_config(given)
         module = importlib.import_module(f"tp2d_lib.{engine}")
-        config = replace(config, device=pick_device(config, is_dry_run))
+        predicts = is_dry_run or ranks is not None
+        config = replace(config, device=pick_device(config, predicts))
         config = replace(config, dtype=launch.pick_dtype(config))
+        if ranks is not None:
+            return plan_mesh(engine, config, module.check)
         config = launch.prepare(module.check(config))
         if is_dry_run:
             return dry_run(engine, config)
@@ -66,6 +73,13 @@ def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
             raise
         print(f"note: {error}", file=sys.stderr)
         return "cuda"
+
+
+def plan_mesh(engine: str, config: TrainConfig, check) -> int:
+    from tp2d_lib.cost import meshes
+
+    print(meshes.compare(engine, config, check))
+    return 0
 
 
 def dry_run(engine: str, config: TrainConfig) -> int:

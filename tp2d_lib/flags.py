@@ -74,6 +74,12 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="check everything, print mesh, memory, traffic and steps, then exit",
     )
+    parser.add_argument(
+        "--plan_mesh",
+        type=int,
+        metavar="N",
+        help="print memory and traffic on every mesh of N ranks, then exit",
+    )
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
         if f.name in GROUPS:

@@ -171,6 +171,33 @@ def test_the_command_tells_and_stops(tmp_path, capsys):
     assert not (tmp_path / "asked").exists()
 
 
+@pytest.mark.ranks
+def test_meshes_are_compared(tmp_path, capsys):
+    """Those that the model allows; each line is that of a dry run."""
+    demo = ["--offline_demo", "--storage_path", str(tmp_path)]
+    try:
+        assert cli.main("fsdp", "", [*demo, "--plan_mesh", "0"]) == 2
+        refused = [*demo, "--plan_mesh", "3", "--seq_length", "4096"]
+        assert cli.main("fsdp", "", refused) == 2
+        assert "error: plan_mesh=0 must be positive" in (
+            said := capsys.readouterr().err
+        )
+        assert "error: seq_length=4096 must be at most 1024" in said
+        assert cli.main("fsdp", "", [*demo, "--plan_mesh", "8"]) == 0
+        table = capsys.readouterr().out
+        sizes = ["--tp_size", "2", "--dp_size", "4", "--dry_run"]
+        assert cli.main("fsdp", "", [*demo, *sizes]) == 0
+    finally:
+        ray.shutdown()
+    page = capsys.readouterr().out
+    lines = {re.split("  +", line)[0]: line for line in table.splitlines()}
+    assert list(lines)[-4:-1] == [f"tp {n} x dp {8 // n}" for n in (1, 2, 4)]
+    assert "tp 8 x dp 1: tp_size=8 must divide the 4 key-value heads" in table
+    *_, peak, tp, dp = re.split("  +", lines["tp 2 x dp 4"])
+    assert f"one rank sends {tp} over tp and {dp} over dp" in page
+    assert peak in re.findall(r"^  (?:forward|backward|update) +(.*)$", page, re.M)
+
+
 def test_sizes_are_for_people():
     sizes = [dryrun.size(count) for count in (12, 1_500, 3_808_114_688, 2e12)]
     assert sizes == ["12 B", "1.5 kB", "3.81 GB", "2 TB"]
