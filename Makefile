@@ -22,9 +22,10 @@ check: lint  ## for the inner loop: lint, then the tests that start no ranks
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-faults: lint  ## every damage, kill, hang and bad input, the GPUs' checks on a CPU
+test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU checks
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
-		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py
+		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py \
+		tests/lessons/test_jupyterlab.py
 
 bench: .venv/installed build/bench/accelerate  ## speed and memory, side by side, as ratios
 	PYTHONPATH=build/bench $(BIN)/python scripts/bench.py

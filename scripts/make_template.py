@@ -81,8 +81,8 @@ def convert(notebook: nbformat.NotebookNode, stem: str, images: str) -> None:
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("](../images/", f"]({images}/")
             cell.source = re.sub(
-                r"`(\w+)\.ipynb`",
-                lambda found: f"[{found[1]}]({GALLERY}/{template_name(found[1])})",
+                r"\]\((\w+)\.ipynb\)",
+                lambda found: f"]({GALLERY}/{template_name(found[1])})",
                 cell.source,
             )
         elif "launch.connect()" in cell.source:
