@@ -68,8 +68,7 @@ def lab(tmp_path):
 @pytest.fixture
 def page():
     with sync_playwright() as playwright:
-        options = {"executable_path": browser.CHROMIUM, "args": ["--no-sandbox"]}
-        chromium = playwright.chromium.launch(**options)
+        chromium = browser.launch(playwright)
         yield chromium.new_page()
         chromium.close()
 

@@ -335,8 +335,7 @@ def chromium():
     if browser.CHROMIUM is None:
         pytest.skip("the pages were not opened, for want of Chromium")
     with sync_playwright() as playwright:
-        options = {"executable_path": browser.CHROMIUM, "args": ["--no-sandbox"]}
-        started = playwright.chromium.launch(**options)
+        started = browser.launch(playwright)
         yield started
         started.close()
 

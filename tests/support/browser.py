@@ -25,6 +25,12 @@ NUMBER = f"""() => {{
 FOCUSED = "() => document.activeElement.dataset.number"
 
 
+def launch(playwright):
+    """Chromium, as root and with little shared memory, too."""
+    arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+
+
 def problems(browser, file: Path, width: int, scheme: str) -> list[str]:
     """What a reader of the page with this width and colour scheme would meet."""
     page = browser.new_page(
