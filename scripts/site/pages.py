@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter, MarkdownExporter
 from nbconvert.filters import markdown2html
+from traitlets.config import Config
 
 TEMPLATE = Path(__file__).parent / "template"
 HEADING = re.compile(r'<h([1-6]) id="[^"]*">(.*?)<a class="anchor-link".*?</a></h\1>')
@@ -102,7 +103,8 @@ def markdown(executed: Path, folder: Path, base: str) -> Path:
     Args:
         base: put before the addresses of images, such as https://example.org/docs/.
     """
-    exporter = MarkdownExporter(display_data_priority=["image/png", "text/plain"])
+    kinds = {"display_data_priority": ["image/png", "text/plain"]}  # no HTML
+    exporter = MarkdownExporter(config=Config({"NbConvertBase": kinds}))
     plots = f"{executed.stem}_files"
     resources = {"output_files_dir": plots, "unique_key": executed.stem}
     notebook = nbformat.read(executed, as_version=4)
@@ -118,6 +120,8 @@ def markdown(executed: Path, folder: Path, base: str) -> Path:
         body,
     )
     body = body.replace("](../images/", f"]({base}images/")
+    body = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", body)
+    body = re.sub(r"\]\(#([^)]+)\)", lambda match: f"](#{anchor(match[1])})", body)
     title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
     written = folder / f"{executed.stem}.md"
     written.write_text(f'---\ntitle: "{title}"\n---\n\n{body}', "utf-8")

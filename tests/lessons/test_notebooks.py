@@ -26,6 +26,7 @@ from tp2d_lib.lessons import notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
 FSDP = ROOT / "notebooks" / "fsdp2_dtensor.ipynb"
 AUTOTP = ROOT / "notebooks" / "deepspeed_autotp.ipynb"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -375,6 +376,9 @@ def test_markdown_for_docs_sites(site):
     for path in NOTEBOOKS:
         text = (folder / f"{path.stem}.md").read_text()
         assert text.startswith('---\ntitle: "Train a language model')
+        assert "<table>" not in text  # columns of text, as in a terminal
+        others = re.findall(r"(?<!!)\[[^\]]*\]\((\w+\.\w+)\)", text)
+        assert others == [f"{(set(NAMES) - {path.stem}).pop()}.md"]
         images = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
         plots = [link for _, link in images if path.stem in link]
         assert len(plots) >= 3
