@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import CONFIGS, FAMILIES, OTHERS, write_model
@@ -9,6 +10,7 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.attention import (
     CAUSAL,
     attend_causally,
+    attend_within_documents,
     document_starts,
     flash_fits,
 )
@@ -61,3 +63,15 @@ def test_flash_attention_is_for_packed_documents_on_gpus(settings, fits, tmp_pat
     assert flash_fits(model, TrainConfig(model_name=path, **settings)) == fits
     model.config.attention_dropout = 0.1
     assert not flash_fits(model, TrainConfig(model_name=path, **settings))
+
+
+def test_flash_attention_is_given_one_type():
+    """Under autocast query and key come as float32, the value does not."""
+    with FakeTensorMode():  # the kernel's own rules, on a machine without a GPU
+        query = torch.randn(2, 4, 8, 16)
+        key = torch.randn(2, 2, 8, 16)
+        starts = torch.zeros(3, dtype=torch.int32)
+        given = {"cu_seq_lens_q": starts, "max_length_q": 8, "attention_mask": None}
+        out, _ = attend_within_documents(None, query, key, key.bfloat16(), **given)
+    assert out.dtype == torch.bfloat16
+    assert out.shape == (2, 8, 4, 16)  # as transformers expects it

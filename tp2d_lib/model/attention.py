@@ -78,6 +78,8 @@ def attend_within_documents(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of rows, (batch, heads, seq, head size), that hold documents."""
     rows, _, seq, _ = query.shape
+    # Under autocast, which does not know the kernel, rotary embeddings are float32.
+    query, key = (x.to(value.dtype) for x in (query, key))
     packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     out = varlen_attn(*packed, *bounds, scale=scaling, window_size=(-1, 0), **GQA)
