@@ -52,10 +52,11 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     if len(books) == len(known):
         books["index"] = index(books)
         footers["index"] = footers[known[0]]
+    shown = {n: a for n, a in ADDRESSES.items() if Path(a).stem in books}
     for name, book in books.items():
         file = site / f"{name}.html"
         folder = ROOT / "notebooks"  # the images are where they were written for
-        text = pages.page(book, folder, file.name, ADDRESSES, footers[name])
+        text = pages.page(book, folder, file.name, shown, footers[name])
         file.write_text(text, "utf-8")
         written.append(file)
     return written

@@ -8,16 +8,14 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from scripts.benchmarks.harness import CORES, Table, alternate, processes
-from scripts.benchmarks.training import Training, bench_config, step_time
+from scripts.benchmarks.sizes import fsdp
+from scripts.benchmarks.training import Training, bench_config, same_rows, step_time
 from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import demo
-from tp2d_lib.fsdp import build_engine
-from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.monitor.metrics import flops_per_token
 
@@ -54,12 +52,7 @@ def config_of(
 
 @cache
 def training(config: TrainConfig) -> Training:
-    """FSDP2's step, and the same random rows again and again."""
-    step = build_engine(config, build_mesh(config.dp_size, config.tp_size)).step
-    shape = (config.batch_size_per_gpu, config.seq_length)
-    ids = torch.randint(2000, shape, generator=torch.Generator())
-    batch = [{"input_ids": ids, "labels": ids}]
-    return step, iter(lambda: batch, None)
+    return fsdp(config), same_rows(config)
 
 
 def flops(config: TrainConfig) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from scripts.benchmarks import peers
 from scripts.benchmarks.harness import CORES, Table, alternate, processes
-from scripts.benchmarks.training import Training, bench_config, step_time
+from scripts.benchmarks.training import Training, bench_config, same_rows, step_time
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.mesh import build_mesh
 
@@ -78,13 +78,8 @@ def config_at(storage: str, size: str, dp: int, tp: int, **settings) -> TrainCon
 
 @cache
 def training(storage: str, size: str, build: Callable, dp: int, tp: int) -> Training:
-    """Its step, and the same random rows again and again, equal on all tp ranks."""
     config = config_at(storage, size, dp, tp)
-    step = build(config)
-    shape = (config.batch_size_per_gpu, config.seq_length)
-    ids = torch.randint(2000, shape, generator=torch.Generator())
-    batch = [{"input_ids": ids, "labels": ids}]
-    return step, iter(lambda: batch, None)
+    return build(config), same_rows(config)
 
 
 def write_model(storage: str, size: str) -> int:

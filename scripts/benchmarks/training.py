@@ -31,6 +31,14 @@ def bench_config(storage: str, dp_size: int, tp_size: int, **settings) -> TrainC
     return build_config("demo", storage, max_steps=10_000, **settings)
 
 
+def same_rows(config: TrainConfig) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The same random rows again and again, equal on all ranks."""
+    shape = (config.batch_size_per_gpu, config.seq_length)
+    ids = torch.randint(2000, shape, generator=torch.Generator())
+    batch = [{"input_ids": ids, "labels": ids}]
+    return iter(lambda: batch, None)
+
+
 @cache  # built by the first burst, used by all
 def mesh_training(
     storage: str, dp_size: int, tp_size: int, compile: bool = False

@@ -179,9 +179,8 @@ def test_meshes_are_compared(tmp_path, capsys):
         assert cli.main("fsdp", "", [*demo, "--plan_mesh", "0"]) == 2
         refused = [*demo, "--plan_mesh", "3", "--seq_length", "4096"]
         assert cli.main("fsdp", "", refused) == 2
-        assert "error: plan_mesh=0 must be positive" in (
-            said := capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert "error: plan_mesh=0 must be positive" in said
         assert "error: seq_length=4096 must be at most 1024" in said
         assert cli.main("fsdp", "", [*demo, "--plan_mesh", "8"]) == 0
         table = capsys.readouterr().out

@@ -42,8 +42,6 @@ def problems(browser, file: Path, width: int, scheme: str) -> list[str]:
     page.on("request", lambda request: asked.append(request.url))
     page.on("requestfailed", lambda request: found.append(f"failed: {request.url}"))
     page.goto(file.as_uri())
-    asked = [url for url in asked if not url.startswith(("data:", file.as_uri()))]
-    found += [f"asks for {url}" for url in asked]
     alts = page.evaluate(IMAGES)
     found += [f"image not shown: {alt}" for alt, loaded in alts if not loaded]
     found += [f"no alt text: {alt!r}" for alt, _ in alts if len(alt) < 20]
@@ -56,6 +54,8 @@ def problems(browser, file: Path, width: int, scheme: str) -> list[str]:
     for rule in Axe().run(page).response["violations"]:
         if rule["impact"] in ("serious", "critical"):
             found.append(f"{rule['id']}: {rule['nodes'][0]['html'][:200]}")
+    own = ("data:", file.as_uri())
+    found += [f"asks for {url}" for url in asked if not url.startswith(own)]
     page.close()
     return found
 
