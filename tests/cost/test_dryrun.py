@@ -91,16 +91,22 @@ def measure(engine, config):
     live.model = built.model
     with live:
         held = rank_bytes(built, batch)
-        live.most.clear()
         with counted as sent:
-            built.step(batch)
+            steps = [peaks(live, built, batch)]
+        steps += [peaks(live, built, batch) for _ in range(4)]
+    # gloo's thread may let go of what it has sent late, so the least of five steps
     return held | {
-        **live.most,
-        "activations": live.activations,
+        **{name: min(step[name] for step in steps) for name in steps[0]},
         "tp": sent.sent("tp"),
         "dp": sent.sent(*DP),
         "dp_replicate": sent.sent("dp_replicate"),
     }
+
+
+def peaks(live, built, batch):
+    live.most.clear()
+    built.step(batch)
+    return {**live.most, "activations": live.activations}
 
 
 @pytest.fixture(scope="module")
