@@ -32,7 +32,7 @@ from scripts.gpu.table import hardware, line
 from tp2d_lib.config import first_line
 from tp2d_lib.cost import dryrun
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import metrics
+from tp2d_lib.monitor import gpus, metrics
 
 OPTIONS = {
     "eager": {},
@@ -120,7 +120,7 @@ def case(run: Run, engine: str, config, options: argparse.Namespace) -> list[str
         profile(step, batch, options)
     tokens = config.batch_size_per_gpu * config.seq_length / took  # of this GPU
     flops = metrics.flops_per_token(build_empty_model(config), config.seq_length)
-    peak = metrics.peak_flops(device)
+    peak = gpus.peak_flops(device)
     mfu = f"{tokens * flops / peak:.1%}" if peak else "-"
     memory = dryrun.size(metrics.peak_memory(device))
     return [f"{tokens:,.0f}", mfu, memory, predicted]

@@ -5,6 +5,7 @@ Slow modules are imported inside functions, so that ``--help`` does not wait for
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shlex
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.flags import build_parser, read_config
+from tp2d_lib.flags import PLAN, build_parser, read_config, read_plan
 
 
 def main(engine: str, description: str, argv: list[str] | None = None) -> int:
@@ -41,18 +42,20 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
 
     launch.quiet()
     is_dry_run, ranks = given.pop("dry_run", False), given.pop("plan_mesh", None)
+    plan = {name: given.pop(name, None) for name in PLAN}
     try:
+        cluster = read_plan(ranks, plan)
         if ranks is not None:
-            if ranks < 1:
-                raise ConfigError(f"plan_mesh={ranks} must be positive; try 8")
             given |= {"tp_size": 1, "dp_size": ranks}
         config = read_config(given)
         module = importlib.import_module(f"tp2d_lib.{engine}")
         predicts = is_dry_run or ranks is not None
-        config = replace(config, device=pick_device(config, predicts))
+        device = "cuda" if cluster else pick_device(config, predicts)
+        config = replace(config, device=device)
         config = replace(config, dtype=launch.pick_dtype(config))
         if ranks is not None:
-            return plan_mesh(engine, config, module.check)
+            check = functools.partial(module.check, plan=True)
+            return plan_mesh(engine, config, check, cluster)
         config = launch.prepare(module.check(config))
         if is_dry_run:
             return dry_run(engine, config)
@@ -75,10 +78,13 @@ def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
         return "cuda"
 
 
-def plan_mesh(engine: str, config: TrainConfig, check) -> int:
-    from tp2d_lib.cost import meshes
+def plan_mesh(engine: str, config: TrainConfig, check, cluster) -> int:
+    from tp2d_lib.cost import dryrun, meshes
 
-    print(meshes.compare(engine, config, check))
+    rows, refused = meshes.compare(engine, config, check, cluster)
+    if rows:
+        print(dryrun.aligned(dryrun.as_cells(rows)))
+    print("\n".join([*refused, *([meshes.assumed(cluster)] if cluster else [])]))
     return 0
 
 

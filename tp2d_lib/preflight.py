@@ -11,15 +11,19 @@ from tp2d_lib.model import attention, build_empty_model, guards, weights
 from tp2d_lib.monitor import reporting
 
 
-def check(config: TrainConfig, engine: str) -> tuple[nn.Module, dict]:
+def check(
+    config: TrainConfig, engine: str, plan: bool = False
+) -> tuple[nn.Module, dict]:
     """Find in the driver, before any worker starts, what does not fit together.
 
     Args:
         config: with the device that the run will use.
         engine: its name in the manifest of a checkpoint, "fsdp" or "autotp".
+        plan: look at the architecture only, as for a run that is not started here.
 
     Returns:
-        The empty model, and the shapes of the tensors in its files, by name.
+        The empty model, and the shapes of the tensors in its files, by name; in a
+        plan they are those of the model.
 
     Raises:
         ConfigError: one sentence: the field, the value, the rule, a value that works.
@@ -27,6 +31,9 @@ def check(config: TrainConfig, engine: str) -> tuple[nn.Module, dict]:
     guards.check_sizes(config)
     guards.check_compiler(config)
     guards.check_attention(config)
+    if plan:
+        model = build_empty_model(config)
+        return model, weights.own_state(model)
     stored = weights.stored_shapes(config)
     storage.check(config)
     model = build_empty_model(config)

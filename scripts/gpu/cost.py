@@ -11,7 +11,7 @@ from scripts.gpu.harness import Failed, Run
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, dryrun, memory
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import metrics
+from tp2d_lib.monitor import gpus, metrics
 
 TIMED = 10  # steps, after three that warm up
 CLOSE = 0.15  # allowed relative error of activations and traffic
@@ -83,7 +83,7 @@ def speed(run: Run, engine: str = "fsdp") -> str:
     loss.item()
     seconds = time.perf_counter() - start
     tokens = TIMED * config.global_batch_size * config.seq_length / seconds
-    peak = metrics.peak_flops(built.device)
+    peak = gpus.peak_flops(built.device)
     mfu = "unknown, as is the peak of this device"
     if peak:
         full = build_empty_model(config)

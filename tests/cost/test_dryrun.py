@@ -103,6 +103,14 @@ def measure(engine, config):
     }
 
 
+REFUSED_PLANS = {
+    "--plan_gpu H100": "plan_gpu=H100 needs plan_mesh; try --plan_mesh 8",
+    "--plan_mesh 8 --plan_network 50": "plan_network=50.0 needs plan_gpu; try",
+    "--plan_mesh 8 --plan_gpu H10": "plan_gpu=H10 must be one of",
+    "--plan_mesh 8 --plan_gpu H100 --plan_gpus_per_node 0": "=0 must be positive",
+}
+
+
 def peaks(live, built, batch):
     live.most.clear()
     built.step(batch)
@@ -186,10 +194,19 @@ def test_meshes_are_compared(tmp_path, capsys):
         refused = [*demo, "--plan_mesh", "3", "--seq_length", "4096"]
         assert cli.main("fsdp", "", refused) == 2
         said = capsys.readouterr().err
+        for flags, rule in REFUSED_PLANS.items():
+            assert cli.main("fsdp", "", [*demo, *flags.split()]) == 2
+            assert rule in capsys.readouterr().err
         assert "error: plan_mesh=0 must be positive" in said
         assert "error: seq_length=4096 must be at most 1024" in said
         assert cli.main("fsdp", "", [*demo, "--plan_mesh", "8"]) == 0
         table = capsys.readouterr().out
+        on_gpus = ["--plan_mesh", "4", "--plan_gpu", "h100", "--plan_network", "100"]
+        assert cli.main("fsdp", "", [*demo, *on_gpus]) == 0
+        said = capsys.readouterr()
+        assert "cluster" not in said.err  # it asks none
+        assert re.search(r"^tp 2 x dp 2 .* s +[\d,]+$", said.out, re.MULTILINE)
+        assert "80% of a network's 12.5 GB/s" in said.out
         sizes = ["--tp_size", "2", "--dp_size", "4", "--dry_run"]
         assert cli.main("fsdp", "", [*demo, *sizes]) == 0
     finally:

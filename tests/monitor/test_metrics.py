@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from tp2d_lib.monitor.metrics import flops_per_token, peak_flops
+from tp2d_lib.monitor import gpus
+from tp2d_lib.monitor.metrics import flops_per_token
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
@@ -52,7 +53,7 @@ def test_flops_count_what_multiplies(kind, tied):
 )
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda")) == peak
+    assert gpus.peak_flops(torch.device("cuda")) == peak
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

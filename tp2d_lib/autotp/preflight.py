@@ -14,11 +14,12 @@ from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
 
 
-def check(config: TrainConfig) -> TrainConfig:
+def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     """Find in the driver, before any worker starts, what cannot be trained.
 
     Args:
         config: with the device that the run will use.
+        plan: look at the architecture only, as for a run that is not started here.
 
     Returns:
         The configuration for the workers, with the rules of ``partition_config`` read
@@ -33,7 +34,7 @@ def check(config: TrainConfig) -> TrainConfig:
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
-    model, _ = preflight.check(config, engine="autotp")
+    model, _ = preflight.check(config, "autotp", plan)
     if start := checkpoint.start_of(config):
         stored = json.loads((store.path(start) / universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -101,6 +101,21 @@ def held_out(config: TrainConfig) -> list[str]:
         return []
     rows = len(np.load(Path(config.prepared_eval_data) / "lengths.npy"))
     return [f"{rows:,} held-out rows, evaluated every {config.eval_every} steps"]
+
+
+def as_cells(rows: Sequence[dict]) -> list[list[str]]:
+    """A table's titles and values, from rows that have the same keys."""
+    return [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Columns of text, the first row being their titles."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(map(str.ljust, row, widths)).rstrip()
+        for row in [cells[0], ["-" * width for width in widths], *cells[1:]]
+    ]
+    return "\n".join(lines)
 
 
 def size(count: float) -> str:

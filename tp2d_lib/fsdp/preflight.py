@@ -11,11 +11,12 @@ from tp2d_lib.model import PlanError, weights
 from tp2d_lib.model.attention import needs_no_mask
 
 
-def check(config: TrainConfig) -> TrainConfig:
+def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     """Find in the driver, before any worker starts, what cannot be trained.
 
     Args:
         config: with the device that the run will use.
+        plan: look at the architecture only, as for a run that is not started here.
 
     Returns:
         The configuration for the workers: ``config``, unchanged.
@@ -28,7 +29,7 @@ def check(config: TrainConfig) -> TrainConfig:
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
-    model, stored = preflight.check(config, engine="fsdp")
+    model, stored = preflight.check(config, "fsdp", plan)
     stream = residual_stream(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model, stream)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from tp2d_lib.config import ConfigError, closest, first_line
+from tp2d_lib.cost.dryrun import aligned, as_cells
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill adds
 
@@ -60,18 +61,8 @@ def table(rows: Sequence[dict]) -> None:
     """Show rows that have the same keys: as text, and on a page as a table."""
     from IPython.display import display  # here, as below: notebooks only
 
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    cells = as_cells(rows)
     display({"text/plain": aligned(cells), "text/html": html_table(cells)}, raw=True)
-
-
-def aligned(cells: list[list[str]]) -> str:
-    """Columns of text, the first row being their titles."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(map(str.ljust, row, widths)).rstrip()
-        for row in [cells[0], ["-" * width for width in widths], *cells[1:]]
-    ]
-    return "\n".join(lines)
 
 
 def html_table(cells: list[list[str]]) -> str:

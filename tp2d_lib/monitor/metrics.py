@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import resource
 import sys
 import tempfile
@@ -19,26 +18,8 @@ from tp2d_lib import checkpoint, data, store
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import health
+from tp2d_lib.monitor import gpus, health
 from tp2d_lib.processes import resident_bytes
-
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets. The first whose
-# words are all in a GPU's name; without PCIe or NVL it is one on an SXM board.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
 
 
 def flops_per_token(model: nn.Module, seq_length: int) -> float:
@@ -57,15 +38,6 @@ def flops_per_token(model: nn.Module, seq_length: int) -> float:
         12 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * seq_length
     )
     return 6 * weights + attention
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of this GPU, or None if it is unknown, or on a CPU."""
-    if device.type != "cuda":
-        return None
-    words = set(re.findall(r"\w+", torch.cuda.get_device_name(device)))
-    known = (peak for key, peak in PEAK_FLOPS.items() if words.issuperset(key.split()))
-    return next(known, None)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -99,7 +71,7 @@ class Metrics:
             self.local = Path(tempfile.mkdtemp()) if remote else self.events
             # Points after the checkpoint belong to the attempt that was lost.
             self.writer = SummaryWriter(str(self.local), purge_step=step + 1)
-        self.peak = peak_flops(engine.device)
+        self.peak = gpus.peak_flops(engine.device)
         if self.peak:  # counted on the full model, of which a rank may hold a shard
             full = build_empty_model(config)
             self.flops = flops_per_token(full, config.seq_length)
