@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from base64 import b64decode
 from pathlib import Path
 
 # So that `scripts` is found when this file is started by its path.
@@ -24,6 +25,7 @@ from scripts import make_site
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
+PLOTS = {"fsdp2_dtensor": ("resume", "traffic")}  # tags of cells, for the README
 
 
 def execute(notebook: Path, build: Path, parameters: dict) -> Path:
@@ -54,13 +56,19 @@ def plain(output) -> str:
     return output.get("text", "") or f"{shown}\n"
 
 
-def write_readme(name: str, printed: str, readme: Path = ROOT / "README.md") -> bool:
+def write_readme(executed: Path, readme: Path = ROOT / "README.md") -> bool:
     """Write a notebook's summary into the README; returns whether the preset is demo.
 
-    The speed is left out, because it differs each time.
+    The speed is left out, because it differs each time. Its plots go beside the README.
     """
+    name, printed = executed.stem, summary(executed)
     if not re.search(r"^preset +demo$", printed, re.MULTILINE):
         return False
+    book = nbformat.read(executed, as_version=4)
+    for tag in PLOTS.get(name, ()):
+        data = [o.get("data", {}) for o in make_site.tagged(book, tag).outputs]
+        [image] = [shown["image/png"] for shown in data if "image/png" in shown]
+        (readme.parent / "images" / f"{tag}.png").write_bytes(b64decode(image))
     lines = [line for line in printed.splitlines() if "tokens/s" not in line]
     block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
     text = "```\n" + "\n".join(lines) + "\n```\n"
@@ -94,9 +102,8 @@ def main() -> None:
         started = time.time()
         executed = execute(notebook, build, parameters)
         print(f"\n{notebook.name}, executed in {time.time() - started:.0f} s\n")
-        printed = summary(executed)
-        print(printed)
-        if arguments.write_readme and not write_readme(notebook.stem, printed):
+        print(summary(executed))
+        if arguments.write_readme and not write_readme(executed):
             print("README.md is left unchanged: its figures are from the demo.")
         print(f"Open: {executed}")
     print("Pages:", *(f"\n  {page}" for page in make_site.write(build)), sep="")

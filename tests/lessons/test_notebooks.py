@@ -294,12 +294,16 @@ def rows_of(table: str) -> dict[str, str]:
 @each
 def test_the_readme_says_what_was_proved(path, execute, tmp_path):
     """`make demo` wrote it: equal but for the speed, and errors of rounding."""
-    printed = run_notebooks.summary(execute(path)[1] / "notebooks" / path.name)
+    executed = execute(path)[1] / "notebooks" / path.name
     readme = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", readme)
+    (tmp_path / "images").mkdir()
     block = re.compile(rf"<!-- {path.stem} -->\n```\n(.*?)```\n", re.DOTALL)
     committed = rows_of(block.findall(readme.read_text())[0])
-    assert run_notebooks.write_readme(path.stem, printed, readme)
+    assert run_notebooks.write_readme(executed, readme)
+    for image in (tmp_path / "images").iterdir():
+        assert f"(images/{image.name})" in readme.read_text()
+        assert (ROOT / "images" / image.name).is_file()
     written = rows_of(block.findall(readme.read_text())[0])
     assert committed.keys() == written.keys()
     assert len(written) >= 6

@@ -76,7 +76,7 @@ def row(mesh, engine, config, predicted, cluster) -> dict[str, str]:
         seconds = estimate(engine, config, predicted, cluster)
         tokens = config.global_batch_size * config.seq_length / config.num_workers
         cells |= {
-            "step": f"{seconds:.3g} s",
+            "step": f"{seconds:#.3g} s",
             "tokens/s/GPU": f"{tokens / seconds:,.0f}",
         }
     return cells
