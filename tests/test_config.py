@@ -232,6 +232,7 @@ def test_fractions_below_one(make, field, value):
         ("optimizer", "sgdd", "sgd"),
         ("optimizer", "SGD", "sgd"),
         ("lr_scheduler_type", "cosin", "cosine"),
+        ("device", "gpu", "cuda"),
         ("lr_scheduler_type", "constnat", "constant"),
         ("dtype", "bf16", "bfloat16"),
         ("dtype", "flaot32", "float32"),

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -289,8 +290,12 @@ def test_a_dataset_in_a_store_is_copied_once(runs, demo_paths, tmp_path):
     assert len(list((tmp_path / "cache" / "fetched").glob("*[0-9a-f]"))) == 1
     same = Path(launch.prepare(local).prepared_data, "input_ids.npy").read_bytes()
     assert Path(rows, "input_ids.npy").read_bytes() == same
-    with pytest.raises(ConfigError, match=r"there is no such folder"):
-        launch.prepare(replace(local, dataset_name=f"{where}/none"))
+    twice = launch.prepare(replace(local, dataset_name=f"{data}, {data}"))
+    assert len(np.load(Path(twice.prepared_data, "input_ids.npy"))) > len(
+        np.load(Path(rows, "input_ids.npy"))
+    )
+    with pytest.raises(ConfigError, match=r"there is no such folder as \S+/none"):
+        launch.prepare(replace(local, dataset_name=f"{data},{where}/none"))
 
 
 def test_in_a_store_the_manifest_makes_the_checkpoint(runs, demo_paths, tmp_path):

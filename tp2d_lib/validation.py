@@ -22,6 +22,7 @@ class ConfigError(UserError, ValueError):
     """A value the user can correct: names the field, the value and the rule."""
 
 
+SYNONYMS = {"gpu": "cuda"}  # what people type, not as similar as another choice
 POSITIVE = {  # field -> a value that works
     "seq_length": 512,
     "preprocessing_num_workers": 1,
@@ -262,5 +263,6 @@ def first_line(error: BaseException) -> str:
 def closest(value: str, choices) -> str:
     """The choice most similar to a mistyped value; the first if none is similar."""
     lowered = {choice.lower(): choice for choice in reversed(list(choices))}
-    matches = difflib.get_close_matches(str(value).lower(), lowered, n=1)
+    given = str(value).lower()
+    matches = difflib.get_close_matches(SYNONYMS.get(given, given), lowered, n=1)
     return lowered[matches[0]] if matches else next(iter(choices))

@@ -8,6 +8,7 @@ import pytest
 
 from scripts.figures import house, mesh
 from scripts.make_figures import figures
+from scripts.run_notebooks import PLOTS
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
@@ -15,7 +16,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_every_figure_has_its_file():
-    assert {path.name for path in IMAGES.iterdir()} == set(figures())
+    drawn = set(figures())
+    assert {path.name for path in IMAGES.glob("*.svg")} == drawn
+    plots = {f"{tag}.png" for tags in PLOTS.values() for tag in tags}
+    assert {path.name for path in IMAGES.iterdir()} == drawn | plots
 
 
 @pytest.mark.parametrize("name", figures())

@@ -55,7 +55,8 @@ def open_source(config: TrainConfig) -> Source:
         ConfigError: there is none, or it holds no file of a format that can be read.
     """
     try:
-        parts = [of_part(part, config) for part in names(on_disk(config))]
+        own = [on_disk(name, config) for name in names(config.dataset_name)]
+        parts = [of_part(name, config) for name in own]
         source = Source(*map(list, map(chain.from_iterable, zip(*parts, strict=True))))
         if not source.builders:
             raise FileNotFoundError(f"none holds data: {listed(source.left_out)}")
@@ -75,16 +76,16 @@ def names(name: str) -> list[str]:
     return [name] if os.path.exists(name) else [n.strip() for n in name.split(",")]
 
 
-def on_disk(config: TrainConfig) -> str:
-    """The dataset's name, or of one in a store a copy, which later runs find again."""
-    if not config.dataset_name.startswith(("s3://", "gs://")):
-        return config.dataset_name
-    folder = store.path(config.dataset_name)
+def on_disk(name: str, config: TrainConfig) -> str:
+    """The name, or of data in a store a copy on disk, which later runs find again."""
+    if not name.startswith(("s3://", "gs://")):
+        return name
+    folder = store.path(name)
     found = [(i.path, i.size, i.mtime_ns) for i in store.listing(folder)]
     if not found:
-        raise FileNotFoundError("there is no such folder")
-    name = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
-    target = config.data_dir / "fetched" / name
+        raise FileNotFoundError(f"there is no such folder as {name}")
+    version = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
+    target = config.data_dir / "fetched" / version
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         return str(target if target.exists() else store.fetch(folder, target))
