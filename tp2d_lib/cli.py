@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.flags import PLAN, build_parser, read_config, read_plan
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.flags import PLAN, build_parser, read_config
 
 
 def main(engine: str, description: str, argv: list[str] | None = None) -> int:
@@ -63,6 +63,38 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     except (CheckpointError, ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def read_plan(ranks: int | None, plan: dict[str, Any]):
+    """The cluster that ``--plan_mesh`` estimates speeds for, if a GPU is named.
+
+    Raises:
+        ConfigError: a value that is not allowed, or a flag that needs another.
+    """
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"plan_mesh={ranks} must be positive; try 8")
+    given = {name: value for name, value in plan.items() if value is not None}
+    for name, value in given.items():
+        if ranks is None:
+            raise ConfigError(f"{name}={value} needs plan_mesh; try --plan_mesh 8")
+        if "plan_gpu" not in given:
+            raise ConfigError(f"{name}={value} needs plan_gpu; try --plan_gpu H100")
+        if name != "plan_gpu" and not value > 0:
+            raise ConfigError(f"{name}={value} must be positive; leave it out")
+    if not given:
+        return None
+    from tp2d_lib.cost import times
+    from tp2d_lib.monitor import gpus
+
+    gpu = gpus.find(plan["plan_gpu"])
+    if not gpu:
+        closest_name = closest(plan["plan_gpu"], gpus.GPUS)
+        raise ConfigError(
+            f"plan_gpu={plan['plan_gpu']} must be one of {', '.join(gpus.GPUS)}; "
+            f"try {closest_name}"
+        )
+    network = (plan["plan_network"] or 400) / 8 * 1e9
+    return times.Cluster(gpu, plan["plan_gpus_per_node"] or 8, network)
 
 
 def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
