@@ -112,5 +112,7 @@ def assumed(cluster: times.Cluster) -> str:
     return (
         f"estimated for {cluster.gpus_per_node} GPUs per node at {cluster.use:.0%} of "
         f"{gpu.flops / 1e12:,.0f} TFLOP/s, with {times.LINK:.0%} of their links' "
-        f"{dryrun.size(gpu.link)}/s and {times.NETWORK:.0%} of a network's {network}/s"
+        f"{dryrun.size(gpu.link)}/s and {times.NETWORK:.0%} of a network's "
+        f"{network}/s; "
+        "the host's time, which decides for small models, is not counted"
     )

@@ -9,7 +9,7 @@ from tp2d_lib.monitor.gpus import Gpu
 # Chosen by the published runs in tests/cost/test_times.py, which the estimate meets
 # within 25%.
 LINK, NETWORK = 0.7, 0.8  # of a link's peak that NCCL reaches, in and between nodes
-EXPOSED = 0.25  # of the traffic over dp: the rest is hidden behind computation
+EXPOSED = 0.25  # of the traffic over dp; the rest hides behind computation, if it fits
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ def step_seconds(
         dp: bytes that a rank sends over dp.
         copied: bytes that sending over tp reads and writes in a GPU's own memory: what
             is gathered along a tensor's second dimension is put in place by a copy.
-        exposed: the part of ``dp`` that computation does not hide.
+        exposed: the part of ``dp`` that computation does not hide, however much of it
+            there is.
     """
-    seconds = flops / (cluster.use * cluster.gpu.flops)
+    compute = seconds = flops / (cluster.use * cluster.gpu.flops)
     if tp_size > 1:
         seconds += tp / cluster.speed(tp_size) + copied / cluster.gpu.bandwidth
     if dp_size > 1:
-        seconds += exposed * dp / cluster.speed(dp_size, apart=tp_size)
+        sending = dp / cluster.speed(dp_size, apart=tp_size)
+        seconds += max(exposed * sending, sending - compute)
     return seconds
