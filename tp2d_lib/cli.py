@@ -94,7 +94,10 @@ def read_plan(ranks: int | None, plan: dict[str, Any]):
             f"try {closest_name}"
         )
     network = (plan["plan_network"] or 400) / 8 * 1e9
-    return times.Cluster(gpu, plan["plan_gpus_per_node"] or 8, network)
+    per_node = plan["plan_gpus_per_node"] or 8
+    # Boards of four with NVLink have no switch; on PCIe there is nothing to share.
+    switched = per_node != 4 or gpu.link < 100e9
+    return times.Cluster(gpu, per_node, network, switched)
 
 
 def pick_device(config: TrainConfig, is_dry_run: bool) -> str:

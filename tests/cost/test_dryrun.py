@@ -202,10 +202,12 @@ def test_meshes_are_compared(tmp_path, capsys):
         assert cli.main("fsdp", "", [*demo, "--plan_mesh", "8"]) == 0
         table = capsys.readouterr().out
         on_gpus = ["--plan_mesh", "4", "--plan_gpu", "h100", "--plan_network", "100"]
+        on_gpus += ["--plan_gpus_per_node", "4"]
         assert cli.main("fsdp", "", [*demo, *on_gpus]) == 0
         said = capsys.readouterr()
         assert "cluster" not in said.err  # it asks none
         assert re.search(r"^tp 2 x dp 2 .* s +[\d,]+$", said.out, re.MULTILINE)
+        assert "for 4 GPUs per node without a switch at 50%" in said.out
         assert "80% of a network's 12.5 GB/s" in said.out
         sizes = ["--tp_size", "2", "--dp_size", "4", "--dry_run"]
         assert cli.main("fsdp", "", [*demo, *sizes]) == 0

@@ -22,7 +22,11 @@ pytestmark = [
 ]
 NOTEBOOK = "jupyterapp.shell.currentWidget.content.model.toJSON()"
 RUN_ALL = "jupyterapp.commands.execute('notebook:run-all-cells')"
-BEGIN = f"() => {{ window.running = {RUN_ALL}; }}"  # without waiting for its end
+BEGIN = f"""() => {{
+  window.done = false;
+  {RUN_ALL}.finally(() => {{ window.done = true; }});
+}}"""
+DONE = "() => window.done"  # waited for with a timeout, unlike a promise
 INTERRUPT = "jupyterapp.commands.execute('kernelmenu:interrupt')"
 TRAINS = f"() => /step [0-9][/]16/.test(JSON.stringify({NOTEBOOK}))"  # not yet 16/16
 READY = """() => {
@@ -91,7 +95,8 @@ def outputs(page) -> list[dict]:
 
 
 def run_all(page) -> None:
-    page.evaluate(RUN_ALL)
+    page.evaluate(BEGIN)
+    page.wait_for_function(DONE)
     shown = outputs(page)
     assert "error" not in [output["output_type"] for output in shown]
     assert "stderr" not in [output.get("name") for output in shown]
@@ -106,7 +111,7 @@ def test_run_all_interrupt_run_all(name, lab, page):
     page.evaluate(BEGIN)
     page.wait_for_function(TRAINS)
     page.evaluate(INTERRUPT)
-    page.evaluate("window.running")
+    page.wait_for_function(DONE)
     errors = [o["ename"] for o in outputs(page) if o["output_type"] == "error"]
     assert errors == ["Stopped"]
     run_all(page)

@@ -110,9 +110,9 @@ def assumed(cluster: times.Cluster) -> str:
     """What the speeds rest on, in a sentence."""
     gpu, network = cluster.gpu, dryrun.size(cluster.network)
     return (
-        f"estimated for {cluster.gpus_per_node} GPUs per node at {cluster.use:.0%} of "
+        f"estimated for {cluster.gpus_per_node} GPUs per node"
+        f"{' without a switch' * (not cluster.switched)} at {cluster.use:.0%} of "
         f"{gpu.flops / 1e12:,.0f} TFLOP/s, with {times.LINK:.0%} of their links' "
         f"{dryrun.size(gpu.link)}/s and {times.NETWORK:.0%} of a network's "
-        f"{network}/s; "
-        "the host's time, which decides for small models, is not counted"
+        f"{network}/s; the host's time, which decides for small models, is not counted"
     )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tp2d_lib.monitor.gpus import Gpu
 
-# Chosen by the published runs in tests/cost/test_times.py, which the estimate meets
-# within 25%.
+# Chosen by the published runs in lessons/published.py, which the estimate meets within
+# 15%.
 LINK, NETWORK = 0.7, 0.8  # of a link's peak that NCCL reaches, in and between nodes
 EXPOSED = 0.25  # of the traffic over dp; the rest hides behind computation, if it fits
 
