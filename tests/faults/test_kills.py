@@ -136,7 +136,7 @@ def test_a_process_of_ray_is_killed(victim, whole, storage, survived):
     assert any("] step 4/" in line for line in run.stdout), run.stderr.read()
     descendant(run, victim).kill()
     killed = time.time()
-    _, err = run.communicate(timeout=240)
+    _, err = run.communicate(timeout=commands.PATIENCE_S)
     seconds = time.time() - killed
     assert "Traceback" not in err
     if run.returncode:

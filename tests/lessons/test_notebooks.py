@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, pipeline
 
 from scripts import make_site, run_notebooks, sync_notebooks
-from tests.support import browser
+from tests.support import browser, commands
 from tests.support.demo import train_without_ray
 from tp2d_lib.config import ConfigError
 from tp2d_lib.flags import read_config
@@ -467,7 +467,7 @@ def again(execute, tmp_path_factory):
         env={**os.environ, **server},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=commands.PATIENCE_S,
     )
     assert done.returncode == 0
     return folder / "runs" / "again", done.stdout

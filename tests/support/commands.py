@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from tp2d_lib import checkpoint, integrity
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 600  # Ray took 136 s to start two workers on a machine under load
 
 
 def start(script, storage, *flags, **environment):
@@ -33,14 +34,14 @@ def run(command: list[str], **environment) -> subprocess.Popen:
     )
 
 
-def wait_until(condition, seconds=150):
+def wait_until(condition, seconds=PATIENCE_S):
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
         time.sleep(0.05)
 
 
-def wait_for(condition, process, seconds=150):
+def wait_for(condition, process, seconds=PATIENCE_S):
     def is_met():
         met = condition()
         assert met or process.poll() is None, process.communicate()
@@ -73,7 +74,7 @@ SAID = (  # all that a command prints; nothing of what it is built on
 
 def finish(process, code=0) -> tuple[str, str]:
     """What a command printed, when it has ended as it must."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code, err
     assert "Traceback" not in err
     unknown = [x for x in out.splitlines() if not re.fullmatch("|".join(SAID), x)]
