@@ -88,10 +88,9 @@ def read_plan(ranks: int | None, plan: dict[str, Any]):
 
     gpu = gpus.find(plan["plan_gpu"])
     if not gpu:
-        closest_name = closest(plan["plan_gpu"], gpus.GPUS)
         raise ConfigError(
             f"plan_gpu={plan['plan_gpu']} must be one of {', '.join(gpus.GPUS)}; "
-            f"try {closest_name}"
+            f"try {closest(plan['plan_gpu'], gpus.GPUS)}"
         )
     network = (plan["plan_network"] or 400) / 8 * 1e9
     per_node = plan["plan_gpus_per_node"] or 8
@@ -117,9 +116,9 @@ def plan_mesh(engine: str, config: TrainConfig, check, cluster) -> int:
     from tp2d_lib.cost import dryrun, meshes
 
     rows, refused = meshes.compare(engine, config, check, cluster)
-    if rows:
-        print(dryrun.aligned(dryrun.as_cells(rows)))
-    print("\n".join([*refused, *([meshes.assumed(cluster)] if cluster else [])]))
+    table = [dryrun.aligned(dryrun.as_cells(rows))] if rows else []
+    assumed = [meshes.assumed(cluster)] if cluster else []
+    print(*table, *refused, *assumed, sep="\n")
     return 0
 
 

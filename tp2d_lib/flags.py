@@ -28,8 +28,6 @@ GROUPS = {  # the field that begins a group of flags -> its title
 }
 DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
 ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
-
-
 PLAN = {  # what goes with --plan_mesh: type, metavar, help
     "plan_gpu": (str, "NAME", "with --plan_mesh: speeds on such a GPU, say H100"),
     "plan_gpus_per_node": (int, "N", "with --plan_gpu: GPUs of a node (8)"),

@@ -10,7 +10,8 @@ import torch
 from tests.support.models import write_model
 from tp2d_lib import cli
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.cost import dryrun
+from tp2d_lib.cost import dryrun, meshes, times
+from tp2d_lib.monitor import gpus
 
 CASES = {  # engine, model, (tp_size, dp_size), settings
     "fsdp": ("fsdp", "qwen2-tied", (2, 2), {"dtype": "bfloat16"}),
@@ -220,6 +221,16 @@ def test_meshes_are_compared(tmp_path, capsys):
     *_, peak, tp, dp = re.split("  +", lines["tp 2 x dp 4"])
     assert f"one rank sends {tp} over tp and {dp} over dp" in page
     assert peak in re.findall(r"^  (?:forward|backward|update) +(.*)$", page, re.M)
+
+
+def test_meshes_that_do_not_fit_are_named(configs):
+    gpu = gpus.find("H100")._replace(memory=1e6)
+    cluster = times.Cluster(gpu)
+    rows, refused = meshes.compare("fsdp", configs["fsdp-recomputed"], cluster=cluster)
+    assert [row["mesh"] for row in rows] == ["tp 4 x dp 1"]
+    names = [line.partition(":")[0] for line in refused]
+    assert names == ["tp 1 x dp 4", "tp 2 x dp 2"]
+    assert all(line.endswith("do not fit a GPU of 1 MB") for line in refused)
 
 
 def test_sizes_are_for_people():
