@@ -1,10 +1,13 @@
-# Each target makes .venv itself when it is missing. PYTHON may be 3.10 to 3.12.
+# Each target makes .venv itself when it is missing. PYTHON may be 3.10 to 3.14.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo site lint check test test-faults bench sync figures template bump clean
+.PHONY: demo readme site lint check test test-faults bench sync figures template bump clean
 
-demo: .venv/installed  ## execute the notebooks, render them, write what they proved
+demo: .venv/installed  ## execute the notebooks, render them, print what they proved
+	$(BIN)/python scripts/run_notebooks.py
+
+readme: .venv/installed  ## make demo, then write its figures and plots into README.md
 	$(BIN)/python scripts/run_notebooks.py --write_readme
 
 site: .venv/installed  ## write build/site/ from the notebooks that make demo executed

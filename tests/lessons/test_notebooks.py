@@ -294,7 +294,7 @@ def rows_of(table: str) -> dict[str, str]:
 
 @each
 def test_the_readme_says_what_was_proved(path, execute, tmp_path):
-    """`make demo` wrote it: equal but for the speed, and errors of rounding."""
+    """`make readme` wrote it: equal but for the speed, and errors of rounding."""
     executed = execute(path)[1] / "notebooks" / path.name
     readme = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", readme)
@@ -313,6 +313,16 @@ def test_the_readme_says_what_was_proved(path, execute, tmp_path):
             assert committed[what] == value
         else:
             assert max(float(committed[what]), float(value)) < 1e-5, what
+
+
+def test_make_demo_leaves_the_checkout_as_it_was():
+    """Other processors round differently; only `make readme` writes their figures."""
+    for target, writes in (("demo", False), ("readme", True)):
+        lines = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        assert "scripts/run_notebooks.py" in lines
+        assert ("--write_readme" in lines) is writes
 
 
 def test_the_readme_is_only_written_with_the_demos_figures(tmp_path):
