@@ -161,7 +161,8 @@ def depset_entry(name: str) -> dict:
             "--python-platform=x86_64-manylinux_2_31",
             "--unsafe-package ray",
         ],
-        "build_arg_sets": [f"ray{version.replace('.', '')}_{python}_{cuda}"],
+        # The gallery names no CUDA version in the set of its default images.
+        "build_arg_sets": [f"ray{version.replace('.', '')}_{python}"],
         "pre_hooks": [f"scripts/depsets/seed-image-freeze.sh {freeze} {lock}"],
     }
 
