@@ -1,12 +1,13 @@
 """The validation loss: every held-out token counts once, on every mesh the same."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.chats import write_chat_model
 from tests.support.texts import sentences, write_lines, write_texts
@@ -67,6 +68,18 @@ def expected_loss(config) -> float:
     return total / count
 
 
+def untied(config, folder) -> str:
+    """The model with an embedding and a head of their own."""
+    path = shutil.copytree(config.model_name, folder / "untied")
+    tied = AutoModelForCausalLM.from_pretrained(path)
+    hf = AutoConfig.from_pretrained(path, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(hf)
+    model.load_state_dict(tied.state_dict())
+    model.lm_head.weight.data.mul_(1.5)
+    model.save_pretrained(path)
+    return str(path)
+
+
 def evaluate_on_mesh(engine, configs):
     """Run by every rank; the second evaluation follows a training step."""
     from importlib import import_module
@@ -97,15 +110,20 @@ def test_no_token_is_left_out(config, pack):
 
 
 @pytest.mark.parametrize("pack", ["stream", "none"])
-def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
+def test_equal_on_every_mesh_and_to_one_process(config, pack, pools, tmp_path):
+    """One of the models is tied, the other has a head of its own."""
     config = replace(config, pack=pack)
+    if pack == "none":
+        config = replace(config, model_name=untied(config, tmp_path))
     config = replace(config, prepared_eval_data=str(evaluate.prepare(config)))
     expected = expected_loss(config)
     meshes = {
         "fsdp": [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2)],
+        "fsdp, weights kept": [(1, 4, 1), (2, 2, 1)],
         "autotp": [(2, 2, 1)],
     }
-    for engine, sizes in meshes.items():
+    for name, sizes in meshes.items():
+        engine, _, kept = name.partition(",")
         configs = [
             replace(
                 config,
@@ -114,6 +132,7 @@ def test_equal_on_every_mesh_and_to_one_process(config, pack, pools):
                 dp_replicate_size=copies,
                 num_workers=None,
                 zero_stage=3,
+                reshard_after_forward=not kept,
             )
             for tp, dp, copies in sizes
         ]

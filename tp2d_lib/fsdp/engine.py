@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -198,7 +199,9 @@ class FSDPEngine:
         one = torch.ones((), device=self.device)
         with loss_parallel() if self.mesh["tp"].size() > 1 else nullcontext():
             loss = forward(self, micro, one)
-        self.model.reshard()  # the last group stays gathered for a backward
+        for module in self.model.modules():  # some stay gathered for a backward
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def state_dict(self) -> dict:

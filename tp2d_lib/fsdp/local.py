@@ -7,8 +7,6 @@ and the same sums are communicated, but a module computes with this rank's shard
 
 from __future__ import annotations
 
-from copy import copy
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,7 +19,6 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
-from torch.func import functional_call
 
 # PyTorch before 2.13 has both by their old names only, which 2.13 deprecates.
 GATHER = "all_gather_single", "all_gather_into_tensor"
@@ -85,6 +82,22 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     whole = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(whole, group=group)
     return whole
+
+
+def compute(
+    module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """The forward of the module's class, with tensors in place of its parameters.
+
+    An attribute comes before a parameter of the same name. The module's hooks, FSDP's
+    among them, belong to its call and do not run again.
+    """
+    module.__dict__.update(tensors)
+    try:
+        return type(module).forward(module, x)
+    finally:
+        for name in tensors:
+            del module.__dict__[name]
 
 
 def shard(
@@ -200,7 +213,6 @@ class OnShards(ParallelStyle):
         self.communicate, self.same, self.dims = communicate, same, dims
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        whole = copy(module)  # with the same parameters, and the forward of its class
         for name, parameter in list(module.named_parameters(recurse=False)):
             where = Shard(self.dims[name]) if name in self.dims else Replicate()
             module.register_parameter(name, shard(parameter, mesh, where))
@@ -217,7 +229,7 @@ class OnShards(ParallelStyle):
                 shards[name] = parameter.to_local(grad_placements=summed)
                 if is_part:
                     shards[name] = shards[name] / mesh.size()
-            out = functional_call(whole, shards, (x,))
+            out = compute(module, shards, x)
             return self.communicate.apply(out, group) if self.communicate else out
 
         module.forward = forward
@@ -240,20 +252,19 @@ class OnRows(ParallelStyle):
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Embedding):
             return self.style._apply(module, mesh)
-        own = copy(module)  # with the forward of its class, which may scale
         module.weight = shard(module.weight, mesh, Shard(0))
         rows = len(module.weight.to_local())
         first = mesh.get_local_rank() * -(-len(module.weight) // mesh.size())
         if module.padding_idx is not None:  # a row that gets no gradient
             here = module.padding_idx - first
-            own.padding_idx = here if 0 <= here < rows else None
+            module.padding_idx = here if 0 <= here < rows else None
         group = mesh.get_group()
 
         def forward(tokens: torch.Tensor) -> torch.Tensor:
             found = tokens - first
             elsewhere = (found < 0) | (found >= rows)
             shard, found = module.weight.to_local(), found.masked_fill(elsewhere, 0)
-            out = functional_call(own, {"weight": shard}, (found,))
+            out = compute(module, {"weight": shard}, found)
             out = out.masked_fill(elsewhere.unsqueeze(-1), 0)
             return self.communicate.apply(out, group)
 
