@@ -211,6 +211,31 @@ def test_a_model_that_looks_around_is_found(engine, models, pools, tmp_path):
     assert "llama must not look from one document into another" in said
 
 
+def compare_apart(config) -> bool:
+    """Run by every rank."""
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+    from tp2d_lib.model.attention import check_apart
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    check_apart(build_engine(config, mesh), config)
+    return True
+
+
+@pytest.mark.parametrize("precision", [{"dtype": "bfloat16"}, {"autocast": True}])
+def test_bfloat16_rounds_more_than_float32(precision, pools, tmp_path):
+    """Its masters are float32; what counts is what the model computes in."""
+    length = 600  # a CPU adds up attention in blocks of 512
+    sizes = {"num_hidden_layers": 8, "max_position_embeddings": length}
+    deep = write_model("llama", tmp_path, initializer_range=0.2, **sizes)
+    config = make_config(deep, str(tmp_path), 1, 1, VARIANTS[0], **precision)
+    config = replace(config, seq_length=length, batch_size_per_gpu=1)
+    ranks = pools(1, f"fsdp-{MESHES[0]}")
+    assert ranks.run(compare_apart, config) == [True]
+    (said,) = ranks.run(looks_around, "fsdp", config, "attention_mask")
+    assert "llama must not look from one document into another" in said
+
+
 def test_a_model_without_position_ids_is_refused(tmp_path, demo_paths):
     """BLOOM tells positions by its mask; DeepSpeed can train it otherwise."""
     sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 2048}

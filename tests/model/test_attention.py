@@ -1,5 +1,7 @@
 """Attention without a mask computes what the model's own attention does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,10 +11,12 @@ from tests.support.models import CONFIGS, FAMILIES, OTHERS, write_model
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.attention import (
     CAUSAL,
+    VARLEN,
     attend_causally,
     attend_within_documents,
     document_starts,
     flash_fits,
+    model_inputs,
 )
 
 SEQ = 32
@@ -61,8 +65,20 @@ def test_flash_attention_is_for_packed_documents_on_gpus(settings, fits, tmp_pat
     path = write_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(path)
     assert flash_fits(model, TrainConfig(model_name=path, **settings)) == fits
-    model.config.attention_dropout = 0.1
-    assert not flash_fits(model, TrainConfig(model_name=path, **settings))
+    for name in ("attention_dropout", "attn_pdrop"):  # the kernel has none
+        setattr(model.config, name, 0.1)
+        assert not flash_fits(model, TrainConfig(model_name=path, **settings))
+        setattr(model.config, name, 0.0)
+
+
+def test_rows_without_positions_are_one_document_each():
+    """Held-out text is packed as a stream, also where conversations are trained on."""
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=VARLEN))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    inputs = model_inputs(model, {"input_ids": ids, "labels": ids}, torch.device("cpu"))
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 8, 16]
+    assert inputs["max_length_q"] == 8
+    assert "position_ids" not in inputs
 
 
 def test_flash_attention_is_given_one_type():

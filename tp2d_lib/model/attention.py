@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tp2d_lib.config import ConfigError, TrainConfig
@@ -61,8 +61,14 @@ def flash_fits(model: nn.Module, config: TrainConfig) -> bool:
     hf = model.config
     size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     half = pick_dtype(config, "cuda")[0] in (torch.bfloat16, torch.float16)
-    plain = size % 8 == 0 and size <= 256 and not getattr(hf, "attention_dropout", 0)
-    return half and plain and config.attn_implementation is None
+    fits = size % 8 == 0 and size <= 256 and not drops(hf)
+    return half and fits and config.attn_implementation is None
+
+
+def drops(hf: PretrainedConfig) -> bool:
+    """Whether attention has dropout, which each family calls by another name."""
+    settings = hf.to_dict().items()
+    return any(value for name, value in settings if "drop" in name and "att" in name)
 
 
 def attend_within_documents(
@@ -98,7 +104,10 @@ def model_inputs(
     """
     inputs = {k: v.to(device, non_blocking=True) for k, v in micro.items()}
     chosen, positions = model.config._attn_implementation, micro.get("position_ids")
-    if positions is not None and chosen == VARLEN:
+    if chosen == VARLEN:
+        if positions is None:  # held-out rows of text: each is one document
+            ids = micro["input_ids"]
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
         starts, longest = document_starts(positions)
         inputs["cu_seq_lens_q"] = starts.to(device, non_blocking=True)
         inputs["max_length_q"] = longest
@@ -162,7 +171,7 @@ def check_apart(engine, config: TrainConfig) -> None:
         loss_of(engine, config, first, second, counted)
         for first, second, counted in ((one, other, 1), (other, one, 0))
     )
-    half = next(engine.model.parameters()).dtype != torch.float32 or config.autocast
+    half = pick_dtype(config, engine.device.type)[0] != torch.float32
     if (behind - before).abs() > (5e-3 if half else 1e-5) * before.abs():
         raise PlanError(
             f"{engine.model.config.model_type} must not look from one document into "
