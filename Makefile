@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo readme site lint check test test-faults bench sync figures template bump clean
+.PHONY: demo readme site lint check test test-pairs test-faults bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
@@ -24,6 +24,9 @@ check: lint  ## for the inner loop: lint, then the tests that start no ranks
 
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-pairs: lint  ## every pair of settings: as one process trains, or refused
+	$(BIN)/python -m pytest -s -m "" tests/pairs -k every_pair
 
 test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU checks
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \

@@ -45,7 +45,7 @@ def pools():
 
 # Fixtures that start ranks, and the files that take longest.
 RANKS = {"pools", "cluster", "execute", "whole", "predictions"}
-LONGEST = ("test_notebooks", "test_cli", "test_options", "test_parity")
+LONGEST = ("test_notebooks", "test_cli", "test_pairs", "test_options", "test_parity")
 
 
 @pytest.hookimpl(tryfirst=True)

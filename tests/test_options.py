@@ -5,27 +5,19 @@ import shutil
 import traceback
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.models import write_model
-from tests.support.parity import make_config, make_steps, share_of
+from tests.support.parity import make_config, make_steps, share_of, the_mesh
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError
 from tp2d_lib.cost.comm import is_wrapper
 from tp2d_lib.model import determinism
 
 VARIANT = ("padded", 1, "sgd")
-
-
-@cache  # DTensor goes on with the groups of the first of equal meshes
-def the_mesh(dp_size, tp_size):
-    from tp2d_lib.mesh import build_mesh
-
-    return build_mesh(dp_size, tp_size)
 
 
 def train(engine, configs):

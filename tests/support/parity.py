@@ -1,5 +1,6 @@
 """Parity with one process: the same global batches for a mesh and the reference."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,13 @@ def make_steps(rows: str, accumulation: int) -> list:
     return steps
 
 
+@cache  # DTensor goes on with the groups of the first of equal meshes
+def the_mesh(dp_size, tp_size):
+    from tp2d_lib.mesh import build_mesh
+
+    return build_mesh(dp_size, tp_size)
+
+
 def share_of(steps: list, mesh, share: int) -> list:
     """The micro-batches of this dp rank, as an engine takes them."""
     mine = slice(share * mesh["dp"].get_local_rank(), None)
@@ -49,10 +57,12 @@ def train_references(models: dict, variants: list) -> dict:
     }
 
 
-def assert_weights_equal(got: dict, expected: dict, where: object = "") -> None:
+def assert_weights_equal(
+    got: dict, expected: dict, where: object = "", least: float = 0.9
+) -> None:
     """Weights of a mesh are those of ``reference.train``, where these are settled."""
     every = torch.cat([weight.settled.flatten() for weight in expected.values()])
-    assert every.float().mean() > 0.9, every.float().mean()
+    assert every.float().mean() > least, every.float().mean()
     for name, weight in got.items():
         settled = expected[name].settled
         torch.testing.assert_close(
