@@ -206,6 +206,15 @@ def test_whole_sequences_equal_one_process(
     check_equal(answers, config)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_routers_own_loss_is_refused(engine, tmp_path):
+    """Each micro-batch of each dp rank would add one, of its own mean."""
+    path = write_model("mixtral", tmp_path, output_router_logits=True)
+    check = import_module(f"tp2d_lib.{engine}").check
+    with pytest.raises(ConfigError, match=r"its router's; try .*=false"):
+        check(make_config(path, str(tmp_path), 1, 1, VARIANT))
+
+
 def test_the_readme_says_what_was_observed(observe):
     lines = [["model family", *ENGINES.values()], ["---"] * (1 + len(ENGINES))]
     lines += [[f, *(observe(f, engine) for engine in ENGINES)] for f in FAMILIES]

@@ -29,6 +29,7 @@ def check(
         ConfigError: one sentence: the field, the value, the rule, a value that works.
     """
     guards.check_sizes(config)
+    guards.check_loss(config)
     guards.check_compiler(config)
     guards.check_attention(config)
     if plan:

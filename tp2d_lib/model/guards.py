@@ -80,6 +80,16 @@ def check_sizes(config: TrainConfig) -> None:
         )
 
 
+def check_loss(config: TrainConfig) -> None:
+    """A loss is a sum over tokens; a router's, a mean over a micro-batch, is not."""
+    if getattr(load_model_config(config), "output_router_logits", False):
+        raise ConfigError(
+            f"model_name={config.model_name!r} must have no loss besides that of its "
+            "tokens, but its config.json adds its router's; try a copy with "
+            "output_router_logits=false"
+        )
+
+
 def check_attention(config: TrainConfig) -> None:
     """On CPUs, flash attention has no kernel, and FlexAttention no backward pass."""
     chosen = config.attn_implementation
