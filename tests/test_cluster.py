@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -22,7 +24,7 @@ from ray.core.generated.autoscaler_pb2 import (
 )
 from ray.core.generated.autoscaler_pb2_grpc import AutoscalerStateServiceStub
 
-from tests.support.commands import ROOT, wait_until
+from tests.support.commands import PATIENCE_S, ROOT, wait_until
 from tp2d_lib import autotp, cluster, environment, fsdp, launch, placement
 from tp2d_lib.attempts import Failed
 from tp2d_lib.config import ConfigError
@@ -240,39 +242,106 @@ def connected(tmp: Path, then: str = "", **variables) -> subprocess.Popen:
     )
 
 
-@pytest.mark.faults
-def test_only_a_cluster_that_is_named_is_joined(tmp_path_factory):
-    """Two runs do not join each other; what ``ray start`` began is joined."""
+def ray_start(tmp: Path, *flags: str) -> subprocess.Popen:
+    """A node of a cluster that asks for the token in this folder."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--block", *flags],
+        env={**os.environ, "RAY_TMPDIR": str(tmp), "HOME": str(tmp)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def kill_node(node: subprocess.Popen) -> None:
+    if node.poll() is None:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+@pytest.fixture(scope="module")
+def head():
+    """What ``ray start`` began: its folder, address, token and process."""
     tmp = Path("/tmp", f"tp2d-{os.getpid()}")  # paths of sockets must be short
-    tmp.mkdir()
-    first = connected(tmp, "print(flush=True); import time; time.sleep(100)")
-    head = None
+    token, record = "5" * 64, tmp / "ray" / "ray_current_cluster"
+    (tmp / ".ray").mkdir(parents=True)
+    (tmp / ".ray" / "auth_token").write_text(token)
+    flags = ["--port=0", "--num-cpus=1", "--include-dashboard=false"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):  # the latter set by other tests
+            patch.delenv(name, raising=False)
+        process = ray_start(tmp, "--head", *flags)
+        wait_until(lambda: record.exists() and record.read_text())
+        yield SimpleNamespace(
+            tmp=tmp, address=record.read_text(), token=token, process=process
+        )
+    kill_node(process)
+    shutil.rmtree(tmp, ignore_errors=True)
+
+
+@pytest.mark.faults
+def test_a_cluster_that_asks_for_a_token_is_joined_with_it(head, tmp_path):
+    """From wherever Ray looks for it, by any form of the address; or it is missed."""
+    file, stranger = head.tmp / ".ray" / "auth_token", str(tmp_path)
+    joined = f"joined the Ray cluster at {head.address}: 1 nodes, 0 GPUs\n"
+    named, sent = {"RAY_ADDRESS": head.address}, {"RAY_AUTH_TOKEN": head.token}
+    for good in (
+        {"HOME": str(head.tmp)} | named,
+        {"HOME": str(head.tmp), "RAY_ADDRESS": "auto"},
+        {"HOME": stranger} | named | sent,
+        {"HOME": stranger, "RAY_AUTH_TOKEN_PATH": str(file)} | named,
+    ):
+        assert connected(head.tmp, **good).communicate()[0].endswith(joined), good
+    lacks = "must be joined with the token of that cluster, but"
+    none = f"{lacks} RAY_AUTH_TOKEN and ~/.ray/auth_token have none; try RAY_AUTH_TOK"
+    for bad, said in (
+        ({"HOME": stranger} | named, none),
+        ({"HOME": stranger, "RAY_ADDRESS": "auto"}, none),
+        ({"HOME": stranger}, none),
+        ({"RAY_AUTH_TOKEN": "7" * 64} | named, f"{lacks} RAY_AUTH_TOKEN has another"),
+        ({"RAY_AUTH_MODE": "disabled"} | named, f"{lacks} RAY_AUTH_MODE='disabled' se"),
+        ({"RAY_ADDRESS": "http://far:8265"}, "a dashboard; try RAY_ADDRESS=far:6379"),
+    ):
+        out = connected(head.tmp, **{"HOME": str(head.tmp)} | bad).communicate()[0]
+        assert said in out.splitlines()[-1], bad
+        assert "InvalidAuthToken" not in out  # which Ray says for twenty seconds
+
+
+@pytest.mark.faults
+def test_a_second_node_joins_with_the_token(head):
+    both = "from tests.support.commands import wait_until; from tp2d_lib import cluster"
+    both += "; wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")  # else `ray start --address` sends none
+        node = ray_start(head.tmp, f"--address={head.address}", "--num-cpus=1")
+    try:
+        own = {"HOME": str(head.tmp), "RAY_ADDRESS": head.address}
+        run = connected(head.tmp, f"{both}; print('package on both')", **own)
+        assert run.communicate(timeout=PATIENCE_S)[0].endswith("package on both\n")
+    finally:
+        kill_node(node)
+
+
+@pytest.mark.faults
+def test_only_a_cluster_that_is_named_is_joined(head):
+    """Two runs do not join each other; what ``ray start`` began is joined."""
+    tmp, home = head.tmp, {"HOME": str(head.tmp)}
+    local = {"RAY_ADDRESS": "local"} | home
+    first = connected(tmp, "print(flush=True); import time; time.sleep(100)", **local)
     try:
         address = first.stdout.readline().split(", at ")[1].split(",")[0]
-        assert connected(tmp).communicate()[0].startswith("started a Ray cluster")
-        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block"]
-        command += ["--port=0", "--num-cpus=1", "--include-dashboard=false"]
-        head = subprocess.Popen(
-            command,
-            env={**os.environ, "RAY_TMPDIR": str(tmp)},
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_until((tmp / "ray" / "ray_current_cluster").exists)
-        named = (tmp / "ray" / "ray_current_cluster").read_text()
-        joined = connected(tmp).communicate()[0]
-        assert joined == f"joined the Ray cluster at {named}: 1 nodes, 0 GPUs\n"
-        assert address != named
+        assert address != head.address
+        joined = connected(tmp, **home).communicate()[0]
+        assert joined.startswith(f"joined the Ray cluster at {head.address}: ")
         said = connected(tmp, RAY_ADDRESS="127.0.0.1:1").communicate()[0]
         assert "RAY_ADDRESS='127.0.0.1:1' must be the address of a running" in said
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
-        assert "started a Ray cluster" in connected(tmp).communicate()[0]
+        kill_node(head.process)
+        alone = connected(tmp, **home).communicate()[0]
+        assert alone.startswith("started a Ray cluster")
+        assert address not in alone
     finally:
         first.kill()
         first.wait()
-        if head and head.poll() is None:
-            os.killpg(head.pid, signal.SIGKILL)
 
 
 def test_secrets_are_told_apart(monkeypatch):

@@ -12,9 +12,16 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import grpc
 import ray
 import transformers
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -37,15 +44,15 @@ def connect(pip: str | None = None) -> None:
     cluster that another process started for itself is not joined, nor with
     ``RAY_ADDRESS=local`` any other. Our own lives no longer than this process, so it
     gets no dashboard, which would open ports and take seconds to start. Ray asks
-    whoever connects to it for the token in ``~/.ray/auth_token``. ``tp2d_lib`` is sent
-    to every worker.
+    whoever connects to it for the token in ``~/.ray/auth_token``; one that is joined
+    gets its token, too, if it asks. ``tp2d_lib`` is sent to every worker.
 
     Args:
         pip: a requirements file that Ray installs for the workers on every node.
 
     Raises:
-        ConfigError: the cluster does not answer, or it is joined already, without
-            ``tp2d_lib`` on some node.
+        ConfigError: the cluster does not answer, or its token is not here, or it is
+            joined already, without ``tp2d_lib`` on some node.
     """
     global own
     quiet()
@@ -54,16 +61,14 @@ def connect(pip: str | None = None) -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return check_package()
-    named, join_or_start = os.environ.get("RAY_ADDRESS"), partial(init, pip)
+    named = os.environ.get("RAY_ADDRESS") or started_here() or "local"
     with signals.handlers_kept():
-        if named and named != "local":
-            join(named, join_or_start)
-            own = False
-        elif own := bool(named) or not was_started_here():
-            join_or_start("local")
+        if named == "local":
+            init(pip, "local")
             hide_token()
         else:
-            join_or_start(None)  # Ray reads the record of `ray start`, too
+            join(named, partial(init, pip))
+    own = named == "local"
     address = ray.get_runtime_context().gcs_address
     print(
         f"started a Ray cluster on this machine, at {address}, for this process"
@@ -72,7 +77,7 @@ def connect(pip: str | None = None) -> None:
     )
 
 
-def init(pip: str | None, address: str | None) -> None:
+def init(pip: str | None, address: str) -> None:
     ray.init(
         address=address,
         include_dashboard=False,
@@ -88,10 +93,20 @@ def init(pip: str | None, address: str | None) -> None:
 
 
 def join(address: str, init: Callable[[str], None]) -> None:
+    if "://" in address:
+        host = urlsplit(address).hostname or "HOST"
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} must be HOST:PORT as `ray start` prints it, and "
+            f"not a URL, such as that of a dashboard; try RAY_ADDRESS={host}:6379"
+        )
     try:
-        if address != "auto":
-            answers(address)
+        if address == "auto":
+            address = canonicalize_bootstrap_address(address)
+        answers(address)
+        authenticate(address)
         init(address)
+    except ConfigError:
+        raise
     except Exception as error:  # of many types, for whatever the address may be
         raise ConfigError(
             f"RAY_ADDRESS={address!r} must be the address of a running Ray cluster "
@@ -99,16 +114,17 @@ def join(address: str, init: Callable[[str], None]) -> None:
         ) from error
 
 
-def was_started_here() -> bool:
-    """Whether a cluster of this user's ``ray start`` on this machine answers."""
+def started_here() -> str | None:
+    """The cluster of this user's ``ray start`` on this machine, if it answers."""
     record = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     if not record.exists() or record.stat().st_uid != os.getuid():
-        return False
+        return None
+    address = record.read_text().strip()
     try:
-        answers(record.read_text().strip())
+        answers(address)
     except (OSError, ValueError):
-        return False  # it ended without `ray stop`
-    return True
+        return None  # it ended without `ray stop`
+    return address
 
 
 def answers(address: str) -> None:
@@ -119,6 +135,53 @@ def answers(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def authenticate(address: str) -> None:
+    """Send the cluster its token if it asks for one, from where Ray looks for it.
+
+    Ray itself sends none to an address, and asks in vain for twenty seconds.
+
+    Raises:
+        ConfigError: there is no token, or it is another cluster's.
+    """
+    if lets_in(address):
+        return
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize("")  # Ray read that variable when it was imported
+    AuthenticationTokenLoader.instance().reset_cache()
+    if lets_in(address):
+        return
+    names, file = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"
+    places = [name for name in names if os.environ.get(name)]
+    if Path(file).expanduser().exists():
+        places.append(file)
+    found = f"{places[0]} has another" if places else f"{names[0]} and {file} have none"
+    advice = f"{names[0]} with what `ray get-auth-token` prints where it was started"
+    if mode.lower() != "token":
+        found, advice = f"RAY_AUTH_MODE={mode!r} sends none", "RAY_AUTH_MODE=token"
+    raise ConfigError(
+        f"RAY_ADDRESS={address!r} must be joined with the token of that cluster, but "
+        f"{found}; try {advice}"
+    )
+
+
+def lets_in(address: str) -> bool:
+    """Whether a cluster answers, with the token that Ray sends, if it sends one.
+
+    Raises:
+        OSError: what listens at the address is no Ray cluster.
+    """
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
+        except ray.exceptions.AuthenticationError:  # it has none to send
+            return False
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            raise OSError(error.details()) from error
+    return True
 
 
 def hide_token() -> None:
