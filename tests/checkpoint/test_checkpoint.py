@@ -104,6 +104,14 @@ def test_another_run_is_refused_and_changes_are_told(config, demo_paths):
             resume.check(other)
 
 
+def test_versions_are_those_of_what_is_installed(monkeypatch):
+    """FSDP2 trains without DeepSpeed."""
+    before = resume.versions()
+    assert before.keys() == {"torch", "transformers", "deepspeed"}
+    monkeypatch.setattr(resume, "LIBRARIES", ("torch", "not-deepspeed"))
+    assert resume.versions() == {"torch": before["torch"]}
+
+
 def test_another_model_of_the_same_shape_is_refused(config, tmp_path):
     write_checkpoint(config, 3)
     copy = shutil.copytree(config.model_name, tmp_path / "copy")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tp2d_lib import store
@@ -14,6 +15,7 @@ from tp2d_lib.model import identity
 
 # Compared first: clearer messages.
 EQUAL = ("optimizer", "decay", "seed", "seq_length", "pack")
+LIBRARIES = ("torch", "transformers", "deepspeed")  # whose versions are recorded
 COMPARED = ("model_name", "model_revision", "prepared_data")  # by content, see `about`
 PLACES = (  # where things are, and who does them: no part of what is computed
     "run_name",
@@ -35,10 +37,17 @@ def about(engine: str, config: TrainConfig) -> dict:
         "settings": asdict(config),
         "model": identity.at_start(config),
         "rows": Path(config.prepared_data).name,
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "deepspeed")
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed: an engine does not need the other's."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def start_of(config: TrainConfig) -> str | None:
