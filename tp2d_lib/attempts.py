@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 
 import ray
 import ray.train
@@ -58,7 +59,7 @@ def fit(
     """
     restarts, furthest, without_gain = 0, 0, 0
     while True:
-        manifest.remove_leftovers(config)
+        manifest.remove_leftovers(config, partial(watcher.show, done=True))
         storage.remove(config, SNAPSHOT)
         trainer, has_room = build_trainer()
         watcher.await_workers()

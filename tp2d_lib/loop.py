@@ -69,7 +69,7 @@ def run(
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history
                 health.check_weights(engine, step)
-                checkpoint.commit(engine, state, config)
+                checkpoint.commit(engine, state, config, driver.notify)
                 metrics.upload()
                 metrics.reset()  # exclude the time to save from the speed
             if stop:

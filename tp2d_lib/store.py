@@ -231,8 +231,16 @@ def names(folder: Path | RemotePath) -> list[str]:
 
 
 def remove_tree(folder: Path | RemotePath) -> None:
+    """Delete a folder, or as much of it as can be.
+
+    Raises:
+        OSError: something is left.
+    """
     if isinstance(folder, Path):
-        return shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)  # again, for the reason
+        return
     store, name = folder.place
     with suppress(FileNotFoundError):  # Google's has no folder to delete at the end
         store.delete_dir(name)

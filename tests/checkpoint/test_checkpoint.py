@@ -1,6 +1,9 @@
 """A checkpoint that was damaged is named and refused; one of another run, too."""
 
+import errno
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -78,6 +81,51 @@ def test_leftovers_of_a_dead_attempt_are_removed(config):
     assert checkpoint.last_of(config) == str(whole)
     manifest.remove_leftovers(config)
     assert list(manifest.run_folder(config).iterdir()) == [whole]
+
+
+def test_what_cannot_be_deleted_is_told_once_and_tried_again(config, monkeypatch):
+    """As a file that is immutable, or on NFS open in another process."""
+    unlink, said = os.unlink, []
+
+    def refuses(path, **options):
+        if str(path).endswith("weights.bin"):
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        unlink(path, **options)
+
+    def steps():
+        return [manifest.step_of(folder) for folder in manifest.checkpoints(config)]
+
+    config, run = replace(config, save_total_limit=1), manifest.run_folder(config)
+    torn = manifest.partial_folder(config, 8)
+    copy = run / f"{manifest.CONVERTED}2"
+    for folder in (torn, copy):
+        folder.mkdir(parents=True)
+        (folder / "weights.bin").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuses)
+        for _ in range(2):
+            manifest.remove_leftovers(config, said.append)
+        assert not torn.exists()  # its name is free: nothing joins the next checkpoint
+        for step in (2, 4, 6):
+            write_checkpoint(config, step)
+            manifest.prune(config, step, said.append)
+            assert steps() == [step]
+        assert not copy.exists()
+        flip(write_checkpoint(config, 7) / "weights.bin")
+        write_checkpoint(config, 7)  # in place of the damaged one
+        manifest.prune(config, 7, said.append)
+    checkpoint.verify(run / "checkpoint-000007")
+    because = r"cannot be deleted yet \(\[Errno 1\] Operation not permitted: .*bin'\)"
+    names = ["08.partial", "ed-2", "02", "04", "06", "07"]
+    for text, name in zip(said, names, strict=True):
+        assert re.fullmatch(rf"{run}/.*{name}\.old-\w+\.partial {because}", text)
+    left = [path for path in run.rglob("*") if path.is_file()]
+    aside = [path for path in left if manifest.OLD in path.parent.name]
+    assert {path.name for path in aside} == {"weights.bin"}  # all else is gone
+    assert len(aside) == 6
+    write_checkpoint(config, 9)
+    manifest.prune(config, 9, said.append)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-000009"]
 
 
 def test_another_run_is_refused_and_changes_are_told(config, demo_paths):

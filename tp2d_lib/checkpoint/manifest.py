@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from tp2d_lib import store
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import TrainConfig, first_line
 from tp2d_lib.integrity import digest, entry
 from tp2d_lib.validation import UserError
 
@@ -19,8 +20,11 @@ MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
 CONVERTED = "converted-"  # begins the name of a copy for another layout
 PARTIAL = ".partial"  # ends the name of a folder that is being written or deleted
+OLD = ".old-"  # in the name of a folder that is being deleted
 SHARDS = (".distcp", ".pt")  # end the names of the large files
 Folder = Path | store.RemotePath
+
+kept: set[Folder] = set()  # what could not be deleted, of which the user was told
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -66,7 +70,7 @@ def publish(partial: Folder, hashed: Mapping[str, dict], about: dict) -> Folder:
         os.fsync(file.fileno())
     folder = partial.with_name(partial.name.removesuffix(PARTIAL))
     if folder.exists():  # a damaged one, which the run went back behind
-        remove(folder)
+        set_aside(folder)  # `prune` deletes it
     return partial.rename(folder)
 
 
@@ -153,7 +157,7 @@ def is_whole(folder: Folder) -> bool:
 
 
 def step_of(folder: Folder) -> int:
-    return int(folder.name.split("-")[1])
+    return int(re.findall(r"\d+", folder.name)[0])
 
 
 def last_of(config: TrainConfig) -> str | None:
@@ -167,24 +171,43 @@ def last_of(config: TrainConfig) -> str | None:
     return None
 
 
-def prune(config: TrainConfig, step: int) -> None:
+def prune(config: TrainConfig, step: int, notify: Callable = print) -> None:
     """Delete checkpoints beyond ``save_total_limit``, oldest first, and converted ones.
 
-    Those after ``step`` do not count: damaged ones that the run went back behind.
+    Also what could not be deleted before. Those after ``step`` do not count: damaged
+    ones that the run went back behind, and one that ranks may have begun to write.
     """
-    written = [folder for folder in checkpoints(config) if step_of(folder) <= step]
-    for folder in written[config.save_total_limit :]:
-        remove(folder)
-    remove_converted(config)
+    found = [folder for folder in folders(config) if step_of(folder) <= step]
+    whole = sorted(filter(is_whole, found), key=step_of, reverse=True)
+    for folder in found:
+        if folder not in whole[: config.save_total_limit]:
+            remove(folder, notify)
+    remove_converted(config, notify)
 
 
-def remove(folder: Folder) -> None:
-    """Delete a checkpoint; one that is half deleted no longer counts as one."""
-    if isinstance(folder, Path):
-        folder = folder.rename(f"{folder}.old{PARTIAL}")
-    else:
-        (folder / MANIFEST).unlink()
-    store.remove_tree(folder)
+def remove(folder: Folder, notify: Callable[[str], None]) -> None:
+    """Delete a folder that is of no use; say, once, if it cannot be deleted.
+
+    Training needs none of it, and will try again: a file may be open on another node.
+    """
+    try:
+        folder = set_aside(folder)
+        store.remove_tree(folder)
+    except OSError as error:
+        if folder not in kept:
+            kept.add(folder)
+            notify(f"{folder} cannot be deleted yet ({first_line(error)})")
+
+
+def set_aside(folder: Folder) -> Folder:
+    """From now on a folder is no checkpoint, and on disk its name is free."""
+    if not isinstance(folder, Path):
+        with suppress(FileNotFoundError):  # half deleted, or never completed
+            (folder / MANIFEST).unlink()
+        return folder
+    if OLD in folder.name:
+        return folder
+    return folder.rename(f"{folder}{OLD}{uuid4().hex[:8]}{PARTIAL}")
 
 
 def local_folder(config: TrainConfig) -> Path:
@@ -193,14 +216,14 @@ def local_folder(config: TrainConfig) -> Path:
     return folder if isinstance(folder, Path) else config.data_dir / config.run_name
 
 
-def remove_converted(config: TrainConfig) -> None:
+def remove_converted(config: TrainConfig, notify: Callable = print) -> None:
     """Delete copies made to begin on another layout, once they are not needed."""
     for folder in local_folder(config).glob(f"{CONVERTED}*"):
-        shutil.rmtree(folder)
+        remove(folder, notify)
 
 
-def remove_leftovers(config: TrainConfig) -> None:
+def remove_leftovers(config: TrainConfig, notify: Callable = print) -> None:
     """Delete what a dead attempt left half written or half deleted."""
     for folder in folders(config):
         if not is_whole(folder):
-            store.remove_tree(folder)
+            remove(folder, notify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import ray.train
 from ray.train import CheckpointUploadMode
@@ -13,7 +14,9 @@ from tp2d_lib.checkpoint.manifest import STATE_FILE
 from tp2d_lib.config import TrainConfig
 
 
-def commit(engine, state: dict, config: TrainConfig) -> None:
+def commit(
+    engine, state: dict, config: TrainConfig, notify: Callable[[str], None]
+) -> None:
     """Save a checkpoint and report it to Ray; every rank must call it.
 
     It lies in the run's storage already, so Ray uploads nothing. With
@@ -21,8 +24,9 @@ def commit(engine, state: dict, config: TrainConfig) -> None:
 
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
+        notify: is told which older ones cannot be deleted.
     """
-    complete = saving.save(engine, state, config)
+    complete = saving.save(engine, state, config, notify)
     report(
         {**state["history"][-1], "step": state["step"]},
         config,

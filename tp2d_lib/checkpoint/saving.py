@@ -22,7 +22,9 @@ from tp2d_lib.model import identity
 WRITING = threading.Lock()
 
 
-def save(engine, state: dict, config: TrainConfig) -> Callable[[], manifest.Folder]:
+def save(
+    engine, state: dict, config: TrainConfig, notify: Callable[[str], None] = print
+) -> Callable[[], manifest.Folder]:
     """Save the engine and the loop's state in one folder; every rank must call it.
 
     All ranks write into the same folder of the run's storage. Once all have, rank 0
@@ -31,6 +33,7 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], manifest.Fold
 
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
+        notify: is told which older ones cannot be deleted.
 
     Returns:
         What every rank must call to complete the checkpoint, in a thread if it likes;
@@ -59,7 +62,7 @@ def save(engine, state: dict, config: TrainConfig) -> Callable[[], manifest.Fold
                 lease.check(config)  # again: writing may have taken long
                 (partial / STATE_FILE).write_text(text)
                 manifest.publish(partial, ChainMap(*files), about)
-                manifest.prune(config, about["step"])
+                manifest.prune(config, about["step"], notify)
         finally:
             WRITING.release()
         return partial.parent / partial.name.removesuffix(manifest.PARTIAL)
