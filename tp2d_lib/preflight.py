@@ -7,7 +7,7 @@ from torch import nn
 from tp2d_lib import data, evaluate
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import attention, build_empty_model, guards, weights
+from tp2d_lib.model import attention, build_empty_model, guards, headers
 from tp2d_lib.monitor import reporting
 
 
@@ -34,11 +34,11 @@ def check(
     guards.check_attention(config)
     if plan:
         model = build_empty_model(config)
-        return model, weights.own_state(model)
-    stored = weights.stored_shapes(config)
+        return model, model.state_dict()
+    stored = headers.read(config)
     storage.check(config)
     model = build_empty_model(config)
-    weights.check_shapes(model, stored, config)
+    headers.check(model, stored, config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
     storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
     resume.check_engine(engine, config)

@@ -45,7 +45,7 @@ def write_config(name: str, folder: Path) -> Path:
 def fill_shards(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
     """Random weights for an empty, sharded model."""
     model.to_empty(device=device)
-    rebuild_buffers(model)
+    rebuild_buffers(model, models.build_empty_model(config))
     for name, parameter in model.named_parameters():
         shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.dim() > 1:

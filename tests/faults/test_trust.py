@@ -35,7 +35,7 @@ from tp2d_lib.checkpoint import CheckpointError, plain
 from tp2d_lib.config import ConfigError
 from tp2d_lib.flags import read_config
 from tp2d_lib.fsdp.files import MetadataUnpickler
-from tp2d_lib.model import weights
+from tp2d_lib.model import headers, weights
 
 SENTENCE = r"^{} must hold tensors and plain values only, but holds {}.*; load it with "
 SYSTEM = "'posix.system'"
@@ -249,7 +249,7 @@ def test_pickled_weights_are_refused(custom, tmp_path):
         path.unlink()
     bad = Path(custom.model_name, "pytorch_model.bin")
     torch.save({"weight": Evil(tmp_path / "marker")}, bad)
-    for read in (weights.stored_shapes, autotp.engine.load_full_model):
+    for read in (headers.read, autotp.engine.load_full_model):
         with pytest.raises(ConfigError, match=r"^model_name=.* must hold safetensors"):
             read(custom)
 

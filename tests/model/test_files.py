@@ -18,6 +18,7 @@ from tp2d_lib.integrity import digest
 from tp2d_lib.model import (
     build_empty_model,
     files,
+    headers,
     identity,
     load_model_config,
     weights,
@@ -170,13 +171,13 @@ def test_half_a_file_is_not_used(ranks, config, repository, folder):
 
 def look(config):
     """Run by a rank, as by a driver: sizes of tensors and digests of files."""
-    return weights.stored_shapes(config), identity.of(config)
+    return headers.read(config), identity.of(config)
 
 
 def test_the_driver_downloads_no_weights(ranks, config, repository, folder):
     copy = replace(config, model_name=str(folder))
-    shapes, digests = ranks.run(look, config)[0]
-    assert (shapes, digests) == look(copy)
+    tensors, digests = ranks.run(look, config)[0]
+    assert (tensors, digests) == look(copy)
     assert not set(repository.downloads()) & {*SHARDS, *OTHERS}
 
 
@@ -193,7 +194,7 @@ def refusals(config, cache, *readers):
     return said
 
 
-READERS = (load_model_config, files.local_directory, weights.stored_shapes)
+READERS = (load_model_config, files.local_directory, headers.read)
 PENDING = {**GATED, "X-Error-Message": "Your request is awaiting a review"}
 BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import device_type, pick_dtype, weights
+from tp2d_lib.model import build_empty_model, device_type, headers, pick_dtype, weights
 from tp2d_lib.model.files import model_directory
 from tp2d_lib.model.guards import check_finite
 
@@ -16,10 +16,13 @@ def load_full_model(config: TrainConfig) -> PreTrainedModel:
     Where the files hold that type, they are mapped: no copy until weights are sharded.
 
     Raises:
+        ConfigError: the files are not those of this model, or are quantized.
         ValueError: a parameter of the model has no tensor in the files.
         NonFiniteError: a tensor holds NaN or infinity.
     """
     directory = model_directory(config)
+    stored = headers.read_files(directory, config)
+    headers.check(build_empty_model(config), stored, config)
     dtype, _ = pick_dtype(config, device_type(config))
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,

@@ -13,7 +13,11 @@ from tp2d_lib.model.hub import refused
 
 
 def load_model_config(config: TrainConfig) -> PretrainedConfig:
-    """The text model's own configuration, from its directory or the Hub."""
+    """The text model's own configuration, from its directory or the Hub.
+
+    Raises:
+        ConfigError: there is none, or its weights are quantized.
+    """
     name = config.model_name
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ConfigError(
@@ -21,11 +25,21 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
             "try a directory written by save_pretrained"
         )
     try:
-        return AutoConfig.from_pretrained(
+        whole = AutoConfig.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=False
-        ).get_text_config()
+        )
+        text = whole.get_text_config()
     except Exception as error:  # a config.json can be wrong in any way
         raise refused(config, error) from error
+    for each in (whole, text):
+        if quantized := getattr(each, "quantization_config", None):
+            raise ConfigError(
+                f"model_name={name!r} must hold weights in floating-point types of 16 "
+                "bits or more, but its config.json has a quantization_config, of "
+                f"{quantized.get('quant_method', 'an unnamed method')!r}; try the "
+                "unquantized model, or delete that key if the weights are not quantized"
+            )
+    return text
 
 
 def device_type(config: TrainConfig) -> str:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import constants, get_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
@@ -28,67 +24,11 @@ from transformers import (
 )
 
 from tp2d_lib import store
-from tp2d_lib.config import ConfigError, TrainConfig, first_line
-from tp2d_lib.model.architecture import load_model_config
-from tp2d_lib.model.files import (
-    damaged,
-    local_directory,
-    model_directory,
-    no_safetensors,
-    weight_files,
-)
+from tp2d_lib.config import TrainConfig
+from tp2d_lib.model import headers
+from tp2d_lib.model.architecture import build_empty_model, load_model_config
+from tp2d_lib.model.files import model_directory, weight_files
 from tp2d_lib.model.guards import check_finite
-from tp2d_lib.model.hub import errors_explained
-
-
-def stored_shapes(config: TrainConfig) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in the model's files; reads only their headers.
-
-    Raises:
-        ConfigError: the Hub does not hand them out, they are not safetensors, or not
-            all of what they should be.
-    """
-    if os.path.isdir(config.model_name) or constants.HF_HUB_OFFLINE:
-        paths = weight_files(local_directory(config), config)
-        shapes = [shapes_in(path, config) for path in paths]
-        return {name: shape for each in shapes for name, shape in each.items()}
-    repository = {"repo_id": config.model_name, "revision": config.model_revision}
-    with errors_explained(config):
-        try:
-            files = get_safetensors_metadata(**repository).files_metadata.values()
-        except NotASafetensorsRepoError as error:
-            raise no_safetensors(config) from error
-        except SafetensorsParsingError as error:
-            raise damaged(config, "safetensors header", first_line(error)) from error
-    return {name: info.shape for file in files for name, info in file.tensors.items()}
-
-
-def check_shapes(
-    model: nn.Module, stored: dict[str, list[int]], config: TrainConfig
-) -> None:
-    """The sizes in ``config.json`` are those of the tensors in the files.
-
-    Raises:
-        ConfigError: names the first tensor that is not as large as the model's.
-    """
-    for name, tensor in model.state_dict().items():
-        sizes = list(tensor.shape)
-        if (found := list(stored.get(name, sizes))) != sizes:
-            raise ConfigError(
-                f"model_name={config.model_name!r} must hold tensors of the sizes in "
-                f"its config.json, which makes {name} {sizes}, not {found}; try "
-                "another copy of the model"
-            )
-
-
-def shapes_in(path: Path, config: TrainConfig) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a file that is as long as its header says."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            return {name: file.get_slice(name).get_shape() for name in names}
-    except (OSError, SafetensorError) as error:
-        raise damaged(config, path.name, first_line(error)) from error
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -123,12 +63,14 @@ def load_pretrained(
     """Fill an empty, sharded model: each rank reads only its own slices from disk.
 
     Raises:
+        ConfigError: the files are not those of this model, or are quantized.
         ValueError: a parameter of the model has no tensor in the files.
         NonFiniteError: a tensor holds NaN or infinity.
     """
+    directory, twin = model_directory(config), build_empty_model(config)
+    headers.check(twin, headers.read_files(directory, config), config)
     model.to_empty(device=device)
-    rebuild_buffers(model)
-    directory = model_directory(config)
+    rebuild_buffers(model, twin)
     reader = WeightsReader(directory, weight_files(directory, config))
     stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)
@@ -144,14 +86,12 @@ def check_complete(missing: set[str], directory: Path) -> None:
         )
 
 
-def rebuild_buffers(model: nn.Module) -> None:
+def rebuild_buffers(model: nn.Module, twin: nn.Module) -> None:
     """Fill in what safetensors files do not hold, such as the rotary frequencies.
 
     transformers computes them when it initialises weights, so initialise a twin of the
     model whose parameters have no storage, and copy its buffers.
     """
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config)
     for name, buffer in list(twin.named_buffers()):
         module, _, key = name.rpartition(".")
         real = torch.empty_like(buffer, device="cpu")
