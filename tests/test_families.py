@@ -36,11 +36,9 @@ ATOL = 1e-4
 EQUAL = "equal"
 EXPERTS = "refused: experts"
 NO_PLAN = "refused: no plan of its own"
-NAMES = "refused: its files use other names"
 REASONS = {  # words of an error -> what the table says
     "moe_tp_experts": "experts",
     "must publish a tp_plan": "no plan of its own",
-    "must name weights as the model does": "its files use other names",
 }
 # Settings for AutoTP where it refuses the default.
 REPLICATED_VOCABULARY = {"vocab_parallel_lm_head": False}
@@ -62,7 +60,7 @@ FAMILIES = {  # its model in support/models.py, what FSDP2 and AutoTP must do wi
     "Cohere": ("cohere", EQUAL, EQUAL),
     "GLM-4": ("glm4", EQUAL, {"partition_config": HALF_FUSED}),
     "StableLM": ("stablelm", NO_PLAN, EQUAL),
-    "GPT-NeoX": ("gpt-neox", NAMES, EQUAL),
+    "GPT-NeoX": ("gpt-neox", EQUAL, EQUAL),
 }
 
 

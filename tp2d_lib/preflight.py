@@ -22,8 +22,8 @@ def check(
         plan: look at the architecture only, as for a run that is not started here.
 
     Returns:
-        The empty model, and the shapes of the tensors in its files, by name; in a
-        plan they are those of the model.
+        The empty model, and the names in its files, by the model's own; in a plan
+        they are the model's.
 
     Raises:
         ConfigError: one sentence: the field, the value, the rule, a value that works.
@@ -34,11 +34,11 @@ def check(
     guards.check_attention(config)
     if plan:
         model = build_empty_model(config)
-        return model, model.state_dict()
+        return model, {name: name for name in model.state_dict()}
     stored = headers.read(config)
     storage.check(config)
     model = build_empty_model(config)
-    headers.check(model, stored, config)
+    names = headers.check(model, stored, config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
     storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
     resume.check_engine(engine, config)
@@ -46,4 +46,4 @@ def check(
         attention.check_documents(model, config)
     if config.report_to:
         reporting.check_installed()
-    return model, stored
+    return model, names

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
 from tests.test_config import refuse_field
@@ -78,3 +80,85 @@ def test_quantized_weights_are_refused(config, change, rule):
 def test_the_method_of_quantization_is_named(config, method):
     edit(config, quantization_config={"quant_method": method})
     refused(config, f"has a quantization_config, of {method!r}; try the unquantized")
+
+
+def head_only(tensors):
+    """The tied matrix under its second name."""
+    return {"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors}
+
+
+def base_only(tensors):
+    """The names of a model without a head."""
+    return {name.removeprefix("model."): t for name, t in tensors.items()}
+
+
+def twice(tensors):
+    """The tied matrix under both names."""
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def merged(tensors):
+    """An adapter of the head, merged into a copy of the embedding."""
+    embedding = tensors["model.embed_tokens.weight"]
+    return tensors | {"lm_head.weight": embedding.flip(0).contiguous()}
+
+
+TOKENS = torch.arange(3, 35)[None]
+
+
+def loss(engine, config):
+    """Run by every rank: the loss of the first step."""
+    from tp2d_lib.mesh import build_mesh
+
+    built = import_module(f"tp2d_lib.{engine}").build_engine(config, build_mesh(1, 1))
+    return float(built.step([{"input_ids": TOKENS, "labels": TOKENS}])[0])
+
+
+def assert_read_as_by_transformers(config, pools):
+    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    expected = model(input_ids=TOKENS, labels=TOKENS).loss.item()
+    for engine in ("fsdp", "autotp"):
+        checked = import_module(f"tp2d_lib.{engine}").check(config)
+        found = pools(1, engine).run(loss, engine, checked)
+        assert found == [pytest.approx(expected, rel=1e-6)]
+    return expected
+
+
+@pytest.mark.parametrize("change", [head_only, base_only, twice])
+def test_other_names_are_read(config, change, pools):
+    rewrite(config, change)
+    assert_read_as_by_transformers(config, pools)
+
+
+def test_tied_weights_that_differ_are_refused(config, pools):
+    """The advice makes the model of ``from_pretrained``, which does not tie them."""
+    rewrite(config, merged)
+    refused(config, "ties, but 'model.embed_tokens.weight' and 'lm_head.weight' differ")
+    loose = AutoModelForCausalLM.from_pretrained(config.model_name)
+    expected = loose(input_ids=TOKENS, labels=TOKENS).loss.item()
+    edit(config, tie_word_embeddings=False)
+    assert assert_read_as_by_transformers(config, pools) == expected
+
+
+def test_a_missing_weight_is_refused(config):
+    rewrite(config, lambda tensors: {k: t for k, t in tensors.items() if MLP not in k})
+    refused(config, f"Qwen2ForCausalLM, but lacks '{MLP}.weight' (1 missing); try")
+
+
+TEXT = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_a_model_of_more_than_text_is_refused(config, kind):
+    edit(config, model_type=kind, text_config=TEXT, vision_config={}, **TEXT)
+    refused(
+        config, f"a model of text only, not one that its config.json calls {kind!r}"
+    )

@@ -7,7 +7,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
-from tp2d_lib.model import PlanError, weights
+from tp2d_lib.model import PlanError, headers
 from tp2d_lib.model.attention import needs_no_mask
 
 
@@ -24,20 +24,22 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     Raises:
         ConfigError: a value that the model, the data, the storage or the hardware does
             not allow, or a precision that only DeepSpeed trains in.
-        PlanError: the model's plan does not cover it, or its files use other names.
+        PlanError: the model's plan does not cover it, or its files hold weights in
+            parts.
     """
     from tp2d_lib import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
-    model, stored = preflight.check(config, "fsdp", plan)
+    model, names = preflight.check(config, "fsdp", plan)
     stream = residual_stream(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model, stream)
-    missing = weights.own_state(model).keys() - stored.keys()
-    if missing:
+    combined = headers.own_state(model).keys() - names.keys()
+    if combined:
         raise PlanError(
-            f"the files of {config.model_name!r} must name weights as the model does, "
-            f"but lack {min(missing)!r}; try DeepSpeed, which loads the full model"
+            f"the files of {config.model_name!r} must hold each weight as the model "
+            f"does, but {min(combined)!r} is made of several; try DeepSpeed, which "
+            "loads the full model"
         )
     return config
 

@@ -6,7 +6,12 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.hub import refused
@@ -16,7 +21,8 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
     """The text model's own configuration, from its directory or the Hub.
 
     Raises:
-        ConfigError: there is none, or its weights are quantized.
+        ConfigError: there is none, it is of a model of more than text, or its weights
+            are quantized.
     """
     name = config.model_name
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -31,6 +37,12 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
         text = whole.get_text_config()
     except Exception as error:  # a config.json can be wrong in any way
         raise refused(config, error) from error
+    kinds = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(c), None) for c in (whole, text)]
+    if text is not whole and (None in kinds or len(set(kinds)) > 1):
+        raise ConfigError(
+            f"model_name={name!r} must be a model of text only, not one that its "
+            f"config.json calls {whole.model_type!r}; try 'Qwen/Qwen2.5-0.5B'"
+        )
     for each in (whole, text):
         if quantized := getattr(each, "quantization_config", None):
             raise ConfigError(

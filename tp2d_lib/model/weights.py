@@ -29,16 +29,7 @@ from tp2d_lib.model import headers
 from tp2d_lib.model.architecture import build_empty_model, load_model_config
 from tp2d_lib.model.files import model_directory, weight_files
 from tp2d_lib.model.guards import check_finite
-
-
-def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors by name; a tied weight once, under the name in the files."""
-    second_names = {
-        second
-        for second, first in model.all_tied_weights_keys.items()
-        if model.get_parameter(second) is model.get_parameter(first)
-    }
-    return {k: v for k, v in model.state_dict().items() if k not in second_names}
+from tp2d_lib.model.headers import own_state
 
 
 class ListedFiles(FileSystem):
@@ -68,13 +59,13 @@ def load_pretrained(
         NonFiniteError: a tensor holds NaN or infinity.
     """
     directory, twin = model_directory(config), build_empty_model(config)
-    headers.check(twin, headers.read_files(directory, config), config)
+    names = headers.check(twin, headers.read_files(directory, config), config)
     model.to_empty(device=device)
     rebuild_buffers(model, twin)
-    reader = WeightsReader(directory, weight_files(directory, config))
-    stored = reader.read_metadata().state_dict_metadata
     wanted = own_state(model)
-    check_complete(wanted.keys() - stored.keys(), directory)
+    check_complete(wanted.keys() - names.keys(), directory)
+    wanted = {names[name]: tensor for name, tensor in wanted.items()}
+    reader = WeightsReader(directory, weight_files(directory, config))
     dcp.load(wanted, storage_reader=reader)
     check_finite(wanted, directory)
 
