@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo readme site lint check test test-pairs test-faults bench sync figures template bump clean
+.PHONY: demo readme site lint check test test-pairs test-decoders test-faults \
+	test-exports bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
@@ -32,6 +33,15 @@ test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU ch
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
 		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py \
 		tests/lessons/test_jupyterlab.py
+
+test-exports: .venv/installed build/exports-env/installed  ## exports, read elsewhere
+	$(BIN)/python -m pytest tests/model/elsewhere.py
+
+build/exports-env/installed:
+	$(PYTHON) -m venv build/exports-env
+	build/exports-env/bin/python -m pip install --quiet torch==2.13.0 \
+		transformers==4.57.6
+	touch $@
 
 bench: .venv/installed build/bench/accelerate  ## speed and memory, side by side, as ratios
 	PYTHONPATH=build/bench $(BIN)/python scripts/bench.py

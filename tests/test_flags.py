@@ -95,6 +95,7 @@ SEEN_BY = {
     "report_to": "lessons/test_notebooks:test_what_a_command_leaves",
     "profile_steps": "lessons/test_notebooks:test_what_a_command_leaves",
     "export_to": "lessons/test_notebooks:test_what_a_command_leaves",
+    "export_dtype": "model/test_exports:test_weights_have_the_type_asked_for",
 }
 
 

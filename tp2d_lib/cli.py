@@ -147,8 +147,6 @@ def train(train_func, config: TrainConfig, argv: list[str]) -> int:
     if "eval_loss" in last:
         losses += f", validation loss {last['eval_loss']:.4f}"
     print(f"done: step {last['step']}, {losses}, {where}")
-    if config.export_to:
-        print(f"exported to {config.export_to}")
     print(f"curves: tensorboard --logdir {manifest.run_folder(config) / 'tensorboard'}")
     return 0
 

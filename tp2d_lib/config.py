@@ -279,6 +279,11 @@ class TrainConfig:
     export_to: str | None = setting(
         None, "write the trained model here as plain Hugging Face safetensors"
     )
+    export_dtype: str = setting(
+        "auto",
+        "type of the weights that are exported; auto: that of the model's own files",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
 
     def __post_init__(self):
         if isinstance(self.pack, bool):  # as it was once written

@@ -77,7 +77,7 @@ def run(
     driver.enter("end", step)
     metrics.close()
     if config.export_to and step == total:
-        engine.export(config.export_to)
+        driver.notify(engine.export(config.export_to))
 
 
 class SaveSchedule:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
 from tests.support.models import write_model
-from tp2d_lib.model import weights
+from tp2d_lib.model import exports
 
 ENGINES = ("fsdp", "autotp")
 OLD = ("model.safetensors", "model-00007-of-00009.safetensors")
@@ -26,7 +26,7 @@ def export(engine, config, folder, dies):
     built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
     with pytest.MonkeyPatch.context() as patch:
         if dies:  # when all weights are written
-            patch.setattr(weights, "export_config", lambda *_: 1 / 0)
+            patch.setattr(exports, "copy_files", lambda *_: 1 / 0)
         try:
             built.export(folder)
         except ZeroDivisionError as error:
@@ -85,9 +85,9 @@ def test_the_folder_is_loadable_only_when_it_is_whole(tmp_path, monkeypatch):
         (tmp_path / "out" / name).touch()
     for name in new:
         (tmp_path / "new" / name).touch()
-    monkeypatch.setattr(weights.shutil, "move", look(weights.shutil.move))
+    monkeypatch.setattr(exports.shutil, "move", look(exports.shutil.move))
     monkeypatch.setattr(Path, "unlink", look(Path.unlink))
-    weights.publish(tmp_path / "new", tmp_path / "out")
+    exports.publish(tmp_path / "new", tmp_path / "out")
     *before, last = seen
     assert len(before) == len(OLD) + len(new) - 1
     assert not any({OLD[0], INDEX} & names for names in before)

@@ -27,7 +27,7 @@ from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.model import determinism, weights
+from tp2d_lib.model import determinism, exports
 from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import (
@@ -237,19 +237,24 @@ class AutoTPEngine:
         if path is None:
             raise FileNotFoundError(f"{directory} must hold a DeepSpeed checkpoint")
 
-    def export(self, directory: str | Path) -> None:
+    def export(self, directory: str | Path) -> str:
         """Write plain safetensors, config and tokenizer; every rank must call it.
 
-        The weights are gathered on rank 0, in the dtype of the original model.
+        The weights are gathered on rank 0, which writes them as ``export_dtype``.
+
+        Returns:
+            What was written, for the user; nothing on other ranks.
         """
+        said = ""
         if self.config.tp_size > 1 or self.config.zero_stage == 3:
             # The public save_16bit_model gathers over dp (stage 3) but not over tp.
             state = self.wrapped._consolidated_16bit_state_dict()
         else:
             state = self.model.state_dict()
         if dist.get_rank() == 0:
-            weights.export_gathered(state, self.config, store.path(directory))
+            said = exports.export_gathered(state, self.config, store.path(directory))
         dist.barrier()
+        return said
 
 
 def train_func(config: TrainConfig) -> None:

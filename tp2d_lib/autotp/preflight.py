@@ -104,6 +104,11 @@ def check_precision(config: TrainConfig) -> None:
             f"tp_size={config.tp_size}, because DeepSpeed then clips to a wrong "
             "gradient norm; try zero_stage=1"
         )
+    if half and config.export_dtype == "float32":
+        raise ConfigError(
+            f"export_dtype='float32' cannot be combined with {dtype}, in which "
+            "DeepSpeed gathers weights; try export_dtype='auto'"
+        )
     if config.bf16_master_weights and (
         dtype != torch.bfloat16 or config.zero_stage == 0
     ):

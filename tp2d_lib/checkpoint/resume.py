@@ -26,6 +26,7 @@ PLACES = (  # where things are, and who does them: no part of what is computed
     "preprocessing_num_workers",
     "num_workers",
     "export_to",
+    "export_dtype",
     "report_to",
 )
 

@@ -31,7 +31,7 @@ from tp2d_lib.fsdp.optimizer import global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.mesh import build_mesh, split_dp
-from tp2d_lib.model import determinism, weights
+from tp2d_lib.model import determinism, exports, weights
 from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
@@ -250,13 +250,16 @@ class FSDPEngine:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         rng.restore(state[own])
 
-    def export(self, directory: str | Path) -> None:
+    def export(self, directory: str | Path) -> str:
         """Write plain safetensors, config and tokenizer; every rank must call it.
 
-        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights get the dtype
-        of the original model. Each rank writes its shards; rank 0 joins them.
+        ``AutoModelForCausalLM.from_pretrained`` reads the folder. Weights have the type
+        ``export_dtype``. Each rank writes its shards; rank 0 joins them.
+
+        Returns:
+            What was written, for the user.
         """
-        weights.export(self.model, self.config, store.path(directory))
+        return exports.export(self.model, self.config, store.path(directory))
 
 
 def train_func(config: TrainConfig) -> None:

@@ -71,6 +71,17 @@ def local_directory(config: TrainConfig) -> Path:
             return cached_directory(config, error)
 
 
+def present_directory(config: TrainConfig) -> Path:
+    """``local_directory`` once the files are here: no Hub, which may move, is asked.
+
+    Raises:
+        ConfigError: they are not here.
+    """
+    if os.path.isdir(config.model_name):
+        return Path(config.model_name)
+    return cached_directory(config, LocalEntryNotFoundError("it is not in the cache"))
+
+
 def download(config: TrainConfig) -> Path:
     """The folder of one commit in the Hub's cache, with what was missing in it.
 
