@@ -43,6 +43,9 @@ build/exports-env/installed:
 		transformers==4.57.6
 	touch $@
 
+test-decoders: lint  ## every decoder of transformers; writes docs/families.md
+	$(BIN)/python -m pytest -m decoders --tb=short tests/decoders
+
 bench: .venv/installed build/bench/accelerate  ## speed and memory, side by side, as ratios
 	PYTHONPATH=build/bench $(BIN)/python scripts/bench.py
 

@@ -44,7 +44,7 @@ def pools():
 
 
 # Fixtures that start ranks, and the files that take longest.
-RANKS = {"pools", "cluster", "execute", "whole", "predictions"}
+RANKS = {"pools", "groups", "cluster", "execute", "whole", "predictions"}
 LONGEST = ("test_notebooks", "test_cli", "test_pairs", "test_options", "test_parity")
 
 

@@ -41,6 +41,7 @@ def train(
     """
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    model.config.use_cache = False  # what training has no use for
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name))
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -61,6 +62,8 @@ def train(
             total += loss.item() / valid.item()
         norm = torch.nn.utils.clip_grad_norm_([*trained.values()], max_grad_norm)
         for name, parameter in trained.items():
+            if parameter.grad is None:  # no part of the loss
+                continue
             size = parameter.grad.abs()
             settled[name] &= (size == 0) | (size > LOST * size.max())
         update.step()
