@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -40,6 +41,7 @@ OTHERS = {
     "gpt-neox": (GPTNeoXConfig, {"hidden_dropout": 0.0}),  # heads interleaved
     "bigcode": (GPTBigCodeConfig, {"multi_query": True}),
     "gemma": (GemmaConfig, {"head_dim": 8}),
+    "doge": (DogeConfig, {"pad_token_id": 0}),  # a mask of its own on top of causal
     "stablelm": (StableLmConfig, {"tie_word_embeddings": False}),
 }
 # One of each family of the README's table that is not above.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from tp2d_lib.model.architecture import device_type, pick_dtype
 from tp2d_lib.model.guards import PlanError, sliding_window
 
 CAUSAL = "tp2d_causal"  # sdpa, for which transformers makes no masks
+PROBED = "tp2d_probed"  # reports what it is given
 VARLEN = "tp2d_varlen"  # FlashAttention within documents, which needs none either
 # torch 2.11 takes fewer heads of keys than of queries unasked.
 ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -26,9 +28,41 @@ IGNORED = -100  # label of a position that does not count, as in torch and trans
 def needs_no_mask(model: nn.Module, config: TrainConfig) -> bool:
     """Whether attention is causal and no more: a mask would say nothing else."""
     hf = model.config
+    if hf._attn_implementation == CAUSAL:
+        return True
     window = sliding_window(hf) or config.seq_length
-    known = hf._attn_implementation in ("sdpa", CAUSAL)
-    return known and attends(model) and config.seq_length <= window
+    possible = hf._attn_implementation == "sdpa" and attends(model)
+    return possible and config.seq_length <= window and is_plainly_causal(model)
+
+
+class Reached(Exception):
+    """The model has come to its first attention."""
+
+
+@torch.no_grad()
+def is_plainly_causal(model: nn.Module) -> bool:
+    """Whether attention given no mask is causal: a model may make a mask of its own.
+
+    Doge adds one, and relies on the causal one to be part of it. The model, which may
+    be empty, is called up to its first attention only.
+    """
+    reached = []
+
+    def look(module, query, key, value, attention_mask=None, **kwargs):
+        is_causal = kwargs.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        reached.append(attention_mask is None and bool(is_causal))
+        raise Reached
+
+    own = model.config._attn_implementation
+    AttentionInterface.register(PROBED, look)
+    model.set_attn_implementation(PROBED)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with suppress(Exception):  # before attention: then nothing is known of it
+        model(input_ids=tokens, use_cache=False)
+    model.set_attn_implementation(own)
+    return reached == [True]
 
 
 def attends(model: nn.Module) -> bool:
