@@ -31,6 +31,7 @@ from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import PlanError
 
 FEW = 12  # rows of each engine in make test
+PATIENCE_S = 900  # compiling takes minutes where many processes run
 VOCAB_SIZE = 2053  # prime, and enough for the tokenizer
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}  # beyond the vocabulary
 MODELS = {
@@ -98,7 +99,12 @@ class Net:
         folder = self.folder / f"{engine}-{len(self.found)}"
         try:
             answers = self.ranks(engine, config).run(
-                training.run, engine, config, case["frozen"], str(folder)
+                training.run,
+                engine,
+                config,
+                case["frozen"],
+                str(folder),
+                seconds=PATIENCE_S,
             )
             compare(answers, config, case, folder)
         except Exception as error:

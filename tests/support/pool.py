@@ -53,18 +53,18 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function, *args):
+    def run(self, function, *args, seconds: float = TIMEOUT_S):
         for pipe in self.pipes:
             pipe.send((function, args))
         answers = {}
         while len(answers) < len(self.pipes):
             waiting = [pipe for pipe in self.pipes if pipe not in answers]
-            for pipe in wait(waiting, timeout=TIMEOUT_S):
+            for pipe in wait(waiting, timeout=seconds):
                 good, answers[pipe] = pipe.recv()
                 if not good:  # the others may wait for this rank for ever
                     raise RuntimeError(answers[pipe])
             if not set(waiting) & set(answers):
-                raise TimeoutError(f"no rank answered within {TIMEOUT_S} s")
+                raise TimeoutError(f"no rank answered within {seconds} s")
         return [answers[pipe] for pipe in self.pipes]
 
     def close(self) -> None:
