@@ -58,16 +58,25 @@ def test_plain_lines_in_a_file():
 def test_all_ranks_get_the_same_last_step():
     """Whoever asks first or last: no rank stops at a step that another has passed."""
     actor = progress.ProgressActor()
-    answers = [actor.begin(step) for step in (1, 2, 1, 2)]  # one rank is late
+    answers = [actor.begin(step, 3) for step in (1, 2, 1, 2)]  # the third is late
     assert answers[:2] == answers[2:]  # the time as well
     assert not any(last for last, _ in answers)
     actor.stop()
-    assert actor.begin(2) == answers[1]
-    first, second = actor.begin(3), actor.begin(3)
+    assert actor.begin(2, 3) == answers[1]
+    first, second = actor.begin(3, 3), actor.begin(3, 3)
     assert first == second
     assert first[0]
     actor.stop()  # again changes nothing
-    assert actor.begin(3) == first
+    assert actor.begin(3, 3) == first
+
+
+def test_a_rank_may_run_far_ahead():
+    """As the host of a GPU does, which waits for no step until it reads a loss."""
+    actor, steps = progress.ProgressActor(), range(1, 41)
+    ahead, *others = [[actor.begin(step, 4) for step in steps] for _ in range(4)]
+    assert others == [ahead] * 3
+    assert len({now for _, now in ahead}) == len(steps)
+    assert not actor.begun  # nothing is kept of steps that all have begun
 
 
 def test_a_process_with_jupyters_libraries_is_no_notebook():

@@ -20,7 +20,8 @@ class ProgressActor:
     def __init__(self):
         self.records: list[dict] = []
         self.last_begun = self.furthest = self.total = 0
-        self.begun: dict[int, float] = {}  # step -> seconds on this process's clock
+        # Step -> seconds on this process's clock, and how many ranks have asked.
+        self.begun: dict[int, tuple[float, int]] = {}
         self.stop_after: int | None = None
         self.beats: dict[int, dict] = {}  # rank -> its last sign of life
         self.gone: set[tuple] = set()  # processes of earlier attempts
@@ -66,15 +67,17 @@ class ProgressActor:
     def furthest_step(self) -> int:
         return self.furthest
 
-    def begin(self, step: int) -> tuple[bool, float]:
+    def begin(self, step: int, ranks: int) -> tuple[bool, float]:
         """Whether to stop after the step now beginning, and the time of its beginning.
 
         Every rank gets the same answer, so they also agree on what is due by time.
         """
         self.last_begun = max(self.last_begun, step)
         self.furthest = max(self.furthest, step)
-        now = self.begun.setdefault(step, time.monotonic())
-        self.begun.pop(step - 2, None)  # no rank is so far behind
+        now, asked = self.begun.get(step, (time.monotonic(), 0))
+        self.begun[step] = now, asked + 1
+        if asked + 1 == ranks:
+            del self.begun[step]
         return self.stop_after is not None and step >= self.stop_after, now
 
     def preempt(self, why: str) -> None:
@@ -96,7 +99,7 @@ class WorkerProgress:
     def __init__(self, run_name: str | None):
         import torch.distributed as dist  # here: the actor does not need it
 
-        self.publishes = dist.get_rank() == 0
+        self.publishes, self.ranks = dist.get_rank() == 0, dist.get_world_size()
         self.answer, self.now, self.looked = None, 0.0, 0.0
         self.sent = None
         self.stepped = False
@@ -124,7 +127,7 @@ class WorkerProgress:
         self.enter(watchdog.STEP if self.stepped else "first step", step)
         self.stepped = True
         if self.actor:
-            self.answer = self.actor.begin.remote(step)
+            self.answer = self.actor.begin.remote(step, self.ranks)
 
     def enter(self, phase: str, step: int) -> None:
         """Say what comes next; until the next ``begin`` no step is awaited."""
