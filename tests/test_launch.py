@@ -1,5 +1,6 @@
 """Runs through Ray Train: resources checked, runs continued, errors passed on."""
 
+import errno
 import json
 import logging
 import os
@@ -13,10 +14,14 @@ import pytest
 import ray
 import torch.distributed as dist
 
+from tests.support.commands import wait_until
 from tests.support.demo import train_with
-from tp2d_lib import autotp, checkpoint, fsdp, launch
+from tp2d_lib import autotp, checkpoint, cli, fsdp, launch, loop
 from tp2d_lib.attempts import Failed
+from tp2d_lib.checkpoint import storage
 from tp2d_lib.config import ConfigError
+from tp2d_lib.data import build_dataloader
+from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism
 from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
@@ -85,6 +90,76 @@ def test_same_name_goes_on_where_it_stopped(cluster, tmp_path, capsys):
         launch.run(autotp.train_func, moved, autotp.check)
     with pytest.raises(ConfigError, match=r"seed=7 must be what .*-000006 was written"):
         launch.run(fsdp.train_func, replace(moved, seed=7), fsdp.check)
+
+
+def hindered(config):
+    """Training with slow writes and files that stay; it first cannot export.
+
+    It notes in which phases its own code runs.
+    """
+    first = not Path(config.storage_path, "export failed").exists()
+    dist.barrier()  # all have looked
+
+    def note(what):
+        Path(config.storage_path, what.format(watchdog.heart.phase)).touch()
+
+    def save_slowly(directory):
+        future, last = save(directory), loader.step == config.max_steps
+        result = future.result
+
+        def when_the_next_waits():
+            future.result = result
+            if not last:
+                wait_until(lambda: watchdog.heart.phase == "earlier save", seconds=100)
+            return result()
+
+        future.result = when_the_next_waits
+        return future
+
+    def fail(directory):
+        note("export failed")
+        raise RuntimeError("the exporter tripped")
+
+    def refuse(path, **options):
+        if path == "trainer_state.json":
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        unlink(path, **options)
+
+    def write(config, name, content):
+        note(f"{name.partition('/')[0]} in {{}}")
+        write_file(config, name, content)
+
+    mesh = build_mesh(config.dp_size, config.tp_size, config.device)
+    engine = fsdp.build_engine(config, mesh)
+    loader = build_dataloader(config, mesh)
+    save, unlink, write_file = engine.save, os.unlink, storage.write
+    engine.save, storage.write = save_slowly, write
+    if first:
+        engine.export, os.unlink = fail, refuse
+    loop.run(engine, loader, config, on_step_end=lambda *_: note("own in {}"))
+
+
+def test_long_work_is_announced_and_a_finished_run_exports_again(
+    cluster, tmp_path, capsys
+):
+    """What stays undeleted is told once; nothing of it is a hang, or fails the run."""
+    cluster()
+    settings = {"max_steps": 3, "checkpoint_every": 1, "save_total_limit": 1}
+    settings |= {"profile_steps": 1, "async_checkpoint": True}
+    settings |= {"export_to": str(tmp_path / "export"), "run_name": "again"}
+    config = build_config("demo", str(tmp_path), tp_size=2, device="cpu", **settings)
+    config = launch.prepare(fsdp.check(replace(config, dtype="float32")))
+    assert cli.train(hindered, config, []) == 0
+    last, out = tmp_path / "again" / "checkpoint-000003", capsys.readouterr().out
+    assert re.search("restart 1 of 3: rank .*: RuntimeError: the exporter tripped", out)
+    assert f"nothing left to train after step 3 of {last}\n" in out
+    assert re.search(f"done: step 3, loss .*, {last}\nexported to {tmp_path}/exp", out)
+    assert list(tmp_path.glob("export/model*.safetensors"))
+    kept = re.findall(r"(\d+)\.old-\w+\.partial cannot be deleted yet \(.*tr", out)
+    assert kept == ["000001", "000002"]
+    assert list(last.parent.glob("checkpoint-*")) == [last]
+    noted = {path.name for path in tmp_path.glob("* in *")}
+    assert noted == {"own in on_step_end", "profile in profile"}
 
 
 def fails(config):

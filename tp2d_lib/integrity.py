@@ -13,13 +13,17 @@ from tp2d_lib import store
 class HashedFile(io.BufferedWriter):
     """A new file that is hashed while it is written, so that it is never read again."""
 
+    total = 0  # bytes that this process has written so far, which shows its progress
+
     def __init__(self, path: str | Path):
         super().__init__(store.path(path).open("wb", buffering=0), 1 << 20)
         self.path, self.sha256 = key(path), hashlib.sha256()
 
     def write(self, data) -> int:
         self.sha256.update(data)
-        return super().write(data)
+        written = super().write(data)
+        HashedFile.total += written
+        return written
 
     def seek(self, *_):
         raise io.UnsupportedOperation("a file that is hashed is written in order")

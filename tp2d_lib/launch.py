@@ -122,6 +122,8 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
                 build_trainer, train_func, config, callbacks, held.holder, watcher
             )
             result = attempts.fit(trainer, config, watcher, caught)
+        if result.checkpoint is None:  # the workers found nothing left to train
+            result = result_of(config, watcher.total, watcher.start)
         early = caught and result.metrics["step"] < watcher.total
         status = "KILLED" if early else "FINISHED"
     except KeyboardInterrupt as error:
@@ -223,9 +225,14 @@ def finished(config: TrainConfig) -> ray.train.Result | None:
         f"nothing left to train after step {loader.step} of {start}; to go on, raise "
         "max_steps or num_epochs"
     )
+    return result_of(config, loader.step, start)
+
+
+def result_of(config: TrainConfig, step: int, start: str) -> ray.train.Result:
+    """The result of a run that trained no step after a checkpoint."""
     path = str(manifest.run_folder(config))
     return ray.train.Result(
-        {"step": loader.step}, checkpoint.as_checkpoint(start), error=None, path=path
+        {"step": step}, checkpoint.as_checkpoint(start), error=None, path=path
     )
 
 

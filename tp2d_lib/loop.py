@@ -20,7 +20,7 @@ def run(
     loader: BatchLoader,
     config: TrainConfig,
     schedule: Callable[[int, int, TrainConfig], float] = learning_rate,
-    on_step_end: Callable[..., dict[str, float] | None] = lambda engine, step: None,
+    on_step_end: Callable[..., dict[str, float] | None] | None = None,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the end of the data.
 
@@ -39,11 +39,11 @@ def run(
     driver.notify(engine.notice)
     if config.pack == "documents":
         check_apart(engine, config)
-    driver.publish({"start": start, "total": total})
+    driver.publish({"start": start, "total": total, "restored": state["restored"]})
     step = start
     metrics = Metrics(engine, config, start, state["history"], driver.publish)
     saving = SaveSchedule(config)
-    with profiler(config) as profile:
+    with profiler(config, driver.during) as profile:
         for step, batch in enumerate(loader, start=start + 1):
             driver.begin(step)
             rate = schedule(step, total, config)
@@ -52,7 +52,9 @@ def run(
                 decay = config.weight_decay  # else the checkpoint's
                 group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
             loss, grad_norm = engine.step(batch)
-            metrics.log_own(step, on_step_end(engine, step))
+            if on_step_end:
+                with driver.during("on_step_end"):
+                    metrics.log_own(step, on_step_end(engine, step))
             profile.step()
             metrics.add(batch, loss, grad_norm)
             stop = driver.should_stop()
@@ -65,6 +67,8 @@ def run(
                 driver.enter("evaluate", step)
                 metrics.log_eval(step, evaluate(engine, config))
             if saves:
+                driver.enter("earlier save", step)
+                checkpoint.await_earlier()
                 driver.enter("save", step)
                 state = {"step": step, "position": loader.position}
                 state["history"] = metrics.history

@@ -12,7 +12,7 @@ class Ranks:
         self.watchdog, self.now = Watchdog(timeout), 0
         self.beats = {}
         for rank in range(4):
-            self.beats[rank] = {"count": 0, "host": f"node{rank // 2}"}
+            self.beats[rank] = {"count": 0, "written": 0, "host": f"node{rank // 2}"}
             self.set(rank, step=1, phase="step", where="all_reduce (c10d.py:1)")
 
     def set(self, rank, **values):
@@ -69,7 +69,10 @@ def test_the_default_grows_with_the_slowest_step():
     assert "for 301 s" in slow.wait(100)
 
 
-@pytest.mark.parametrize("phase", ["load", "first step", "evaluate", "save", "end"])
+OTHERS = ["load", "first step", "on_step_end", "profile", "evaluate", "save", "end"]
+
+
+@pytest.mark.parametrize("phase", OTHERS)
 def test_other_phases_take_as_long_as_they_take(phase):
     """Even if only one rank is in it; but silence ends after ten minutes."""
     ranks = Ranks(timeout=10)
@@ -101,9 +104,26 @@ def test_ranks_that_wait_for_each_other_for_ever_are_noticed(phase):
     )
 
 
-@pytest.mark.parametrize("phase", ["load", "first step", "end"])
+def test_ranks_may_wait_long_for_a_write_that_makes_progress():
+    """In a thread of one of them, which is at the same line all the time, or nearly."""
+    ranks = Ranks(timeout=10)
+    ranks.walk(3, seconds=1)
+    ranks.all(phase="save", where="write (integrity.py:25)")
+    for written in range(1, 6):
+        ranks.set(1, written=written << 30)
+        assert ranks.wait(590) is None
+    ranks.all(phase="earlier save", where="await_earlier (saving.py:80)")
+    assert ranks.wait(3600) is None  # until a store has confirmed the last file
+    ranks.set(1, written=6 << 30)
+    assert ranks.wait(3600) is None
+    assert ranks.wait(5).startswith("no rank has left its line of code for 3601 s: ")
+
+
+@pytest.mark.parametrize(
+    "phase", ["load", "first step", "on_step_end", "profile", "end"]
+)
 def test_a_phase_of_one_long_call_may_stand_still(phase):
-    """A download, a compilation, an export."""
+    """A download, a compilation, an evaluation of one's own, an export."""
     ranks = Ranks(timeout=10)
     ranks.walk(3, seconds=1)
     ranks.all(phase=phase)

@@ -8,6 +8,7 @@ from tp2d_lib.checkpoint.resume import start_of
 
 LAZY = {  # name -> its module, which needs Arrow or Ray
     "as_checkpoint": "ray_train",
+    "await_earlier": "saving",
     "commit": "ray_train",
     "history": "ray_train",
     "report": "ray_train",

@@ -40,7 +40,7 @@ def save(
         it returns the folder, which is complete when it has returned on rank 0.
     """
     lease.check(config)
-    WRITING.acquire()  # until the one before is complete: its turn to communicate
+    WRITING.acquire()  # as `await_earlier` does: its turn to communicate
     partial = manifest.partial_folder(config, state["step"])
     partial.mkdir(parents=True, exist_ok=True)
     group = group_of_writers()
@@ -68,6 +68,12 @@ def save(
         return partial.parent / partial.name.removesuffix(manifest.PARTIAL)
 
     return complete
+
+
+def await_earlier() -> None:
+    """Wait until the checkpoint before is complete, if a thread still writes it."""
+    with WRITING:
+        pass
 
 
 @contextmanager
@@ -105,7 +111,8 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
         notify: is told which checkpoints were skipped, and why.
 
     Returns:
-        The state that was committed, or that of step 0.
+        The state that was committed, or that of step 0, and as ``restored`` the path of
+        its checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
@@ -114,13 +121,14 @@ def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:
         identity.at_start(config)  # now: a checkpoint must not wait for it, or fail
     folders = resume.candidates(config)
     if not folders:
-        return {"step": 0, "position": 0, "history": []}
+        return {"step": 0, "position": 0, "history": [], "restored": None}
     for folder in folders:
         error = verify_together(folder)
         if error is None:
             try:
                 engine.load(folder)
-                return json.loads((folder / STATE_FILE).read_text())
+                state = json.loads((folder / STATE_FILE).read_text())
+                return {**state, "restored": str(folder)}
             except NotFetchedError as damage:  # on all ranks alike
                 error = str(damage)
         notify(f"skipped {folder.name}: {error}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +16,16 @@ from tp2d_lib.config import TrainConfig
 
 
 @contextmanager
-def profiler(config: TrainConfig) -> Iterator:
+def profiler(
+    config: TrainConfig,
+    during: Callable[[str], AbstractContextManager] = nullcontext,
+) -> Iterator:
     """Trace ``profile_steps`` steps after the first; call ``step()`` after each step.
 
     Each rank writes ``profile/rank0.json.gz`` (with its own number) to the run's
     folder, to be opened at ui.perfetto.dev; on a GPU also ``rank0.pickle``, for
-    pytorch.org/memory_viz.
+    pytorch.org/memory_viz. The traces are written inside a ``during("profile")``,
+    because that may take minutes.
     """
     if config.profile_steps == 0:
         yield SimpleNamespace(step=lambda: None)
@@ -43,5 +47,13 @@ def profiler(config: TrainConfig) -> Iterator:
     steps = torch.profiler.schedule(
         wait=0, warmup=1, active=config.profile_steps, repeat=1
     )
-    with torch.profiler.profile(schedule=steps, on_trace_ready=keep) as profile:
-        yield profile
+    trace = torch.profiler.profile(schedule=steps, on_trace_ready=keep)
+
+    def step() -> None:
+        writes = trace.current_action == torch.profiler.ProfilerAction.RECORD_AND_SAVE
+        with during("profile") if writes else nullcontext():
+            trace.step()
+
+    with ExitStack() as writing, trace:
+        yield SimpleNamespace(step=step)
+        writing.enter_context(during("profile"))  # at the end of a run that is shorter

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -70,7 +72,8 @@ class ProgressActor:
     def begin(self, step: int, ranks: int) -> tuple[bool, float]:
         """Whether to stop after the step now beginning, and the time of its beginning.
 
-        Every rank gets the same answer, so they also agree on what is due by time.
+        Every rank gets the same answer, so they also agree on what is due by time. One
+        may ask many steps before another, because a GPU's host does not wait for it.
         """
         self.last_begun = max(self.last_begun, step)
         self.furthest = max(self.furthest, step)
@@ -134,6 +137,16 @@ class WorkerProgress:
         if watchdog.heart:
             watchdog.heart.enter(phase, step)
 
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Announce work within a step that may take far longer than a step."""
+        before = watchdog.heart and (watchdog.heart.phase, watchdog.heart.step)
+        if before:
+            self.enter(phase, before[1])
+        yield
+        if before:
+            self.enter(*before)
+
     def should_stop(self) -> bool:
         """Whether this step is the last; sets ``now``, the same on every rank."""
         if self.actor is None:
@@ -172,6 +185,7 @@ class Watcher:
         self.display = display.here()
         self.show = self.display.show
         self.total = 0
+        self.start: str | None = None  # the checkpoint that the workers restored
         self.training = False  # whether the workers do; until then there is no step
         self.began: float | None = None  # when workers that are silent were asked for
         self.config, self.watchdog = config, watchdog.Watchdog(config.hang_timeout)
@@ -300,8 +314,12 @@ class Watcher:
                 self.show(record["notice"], done=True)
             elif "total" in record:
                 self.total, self.training = record["total"], True
-                if record["start"]:
-                    self.show(f"resumed after step {record['start']}", done=True)
+                self.start, step = record["restored"], record["start"]
+                if step == self.total:
+                    text = f"nothing left to train after step {step} of {self.start}"
+                    self.show(text, done=True)
+                elif step:
+                    self.show(f"resumed after step {step}", done=True)
             elif "eval_loss" in record:
                 text = f"step {record['step']}: eval_loss {record['eval_loss']:.4f}"
                 self.show(text, done=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.integrity import HashedFile
 from tp2d_lib.processes import started
 
 BEAT_S = 1.0
@@ -24,7 +26,11 @@ LEAST_S = 120.0  # without a step, or without a word while stepping
 PATIENT_S = 600.0  # without a word otherwise: a C call may hold Python's lock for long
 TRACES = "traces_of_hang"  # folder in the run's folder
 STEP = "step"  # the phase in which steps must follow each other
-TOGETHER = ("evaluate", "save")  # phases in which ranks wait for each other
+TOGETHER = {  # phases in which ranks wait for each other; seconds without a change
+    "evaluate": PATIENT_S,
+    "save": PATIENT_S,
+    "earlier save": 3600.0,  # it is written in a thread, whose last call may be long
+}
 
 
 class Hang(RuntimeError):
@@ -84,7 +90,7 @@ class Heart(threading.Thread):
     def beat(self) -> ray.ObjectRef:
         self.count += 1
         now = {"step": self.step, "phase": self.phase, "count": self.count}
-        now["where"] = where(self.trainer)
+        now |= {"where": where(self.trainer), "written": HashedFile.total}
         return self.actor.beat.remote(self.rank, {**self.about, **now})
 
     def enter(self, phase: str, step: int) -> None:
@@ -146,7 +152,8 @@ class Watchdog:
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> last count, when
         self.steps: dict[int, int] = {}
         self.moved = 0.0
-        self.places: dict[int, tuple] = {}  # rank -> step, phase and line of code
+        # Rank -> step, phase, line of code, and bytes of checkpoints so far.
+        self.places: dict[int, tuple] = {}
         self.left = 0.0
 
     def judge(self, beats: dict[int, dict], now: float) -> str | None:
@@ -195,11 +202,13 @@ class Watchdog:
 
     def freeze(self, beats: dict, now: float, limit: float) -> str | None:
         """Ranks that evaluate or save, answer, and yet wait for each other for ever."""
-        places = {r: (b["step"], b["phase"], b["where"]) for r, b in beats.items()}
-        together = beats and all(beat["phase"] in TOGETHER for beat in beats.values())
-        if places != self.places or not together:
+        keys = ("step", "phase", "where", "written")
+        places = {r: tuple(map(beat.get, keys)) for r, beat in beats.items()}
+        if places != self.places or not beats:
             self.places, self.left = places, now
-        if now - self.left <= max(limit, PATIENT_S):
+        phases = {beat["phase"] for beat in beats.values()}
+        allowed = [limit, *(TOGETHER.get(phase, math.inf) for phase in phases)]
+        if now - self.left <= max(allowed):
             return None
         found = "; ".join(groups(beats))
         return f"no rank has left its line of code for {now - self.left:.0f} s: {found}"
