@@ -177,10 +177,11 @@ def prune(config: TrainConfig, step: int, notify: Callable = print) -> None:
     Also what could not be deleted before. Those after ``step`` do not count: damaged
     ones that the run went back behind, and one that ranks may have begun to write.
     """
-    found = [folder for folder in folders(config) if step_of(folder) <= step]
-    whole = sorted(filter(is_whole, found), key=step_of, reverse=True)
+    found = sorted(folders(config), key=step_of)
+    found = [folder for folder in found if step_of(folder) <= step]
+    newest = list(filter(is_whole, found))[-config.save_total_limit :]
     for folder in found:
-        if folder not in whole[: config.save_total_limit]:
+        if folder not in newest:
             remove(folder, notify)
     remove_converted(config, notify)
 
