@@ -72,7 +72,7 @@ def check_sizes(config: TrainConfig) -> None:
             f"{query_heads} query heads of {config.model_name!r}; "
             f"try one of {', '.join(map(str, allowed))}"
         )
-    longest = getattr(hf, "max_position_embeddings", None)
+    longest = longest_sequence(hf)
     if longest and config.seq_length > longest:
         raise ConfigError(
             f"seq_length={config.seq_length} must be at most {longest}, the longest "
@@ -88,6 +88,19 @@ def check_loss(config: TrainConfig) -> None:
             "tokens, but its config.json adds its router's; try a copy with "
             "output_router_logits=false"
         )
+
+
+def longest_sequence(hf: PretrainedConfig) -> int | None:
+    """Tokens that the model has positions for, or None if there is no limit.
+
+    Scaled rotary positions, such as YaRN's, reach ``factor`` times as far as those that
+    the model was trained with at first; ``config.json`` may still have the old limit.
+    """
+    limit = getattr(hf, "max_position_embeddings", None)
+    scaling = getattr(hf, "rope_parameters", None) or {}
+    first = scaling.get("original_max_position_embeddings") or limit
+    factor = scaling.get("factor")
+    return max(limit, int(first * factor)) if limit and factor else limit
 
 
 def check_attention(config: TrainConfig) -> None:
