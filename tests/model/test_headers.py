@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.support.demo import make_config
 from tests.test_config import refuse_field
 from tp2d_lib import autotp, fsdp
+from tp2d_lib.config import ConfigError
+from tp2d_lib.model import headers
 
 FILE = "model.safetensors"
 MLP = "model.layers.0.mlp.up_proj"
@@ -162,3 +164,18 @@ def test_a_model_of_more_than_text_is_refused(config, kind):
     refused(
         config, f"a model of text only, not one that its config.json calls {kind!r}"
     )
+
+
+def test_an_adapter_is_refused(config):
+    """Alone, or beside weights that it may have been merged into."""
+    folder, words = (
+        Path(config.model_name),
+        "hold a whole model, but has adapter_config",
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(config, words)
+    with pytest.raises(ConfigError, match=words):  # in the cache of the Hub
+        headers.read_files(folder, config)
+    for name in ("config.json", FILE):
+        (folder / name).unlink()
+    refused(config, words)

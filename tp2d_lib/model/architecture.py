@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.model.files import ADAPTER, check_merged
 from tp2d_lib.model.hub import refused
 
 
@@ -21,10 +22,11 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
     """The text model's own configuration, from its directory or the Hub.
 
     Raises:
-        ConfigError: there is none, it is of a model of more than text, or its weights
-            are quantized.
+        ConfigError: there is none, or it is of an adapter, of a model of more than
+            text, or of quantized weights.
     """
     name = config.model_name
+    check_merged(os.path.isfile(os.path.join(name, ADAPTER)), config)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ConfigError(
             f"model_name={name!r} must be a model directory, but has no config.json; "

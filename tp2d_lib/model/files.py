@@ -19,6 +19,7 @@ from tp2d_lib.model.hub import errors_explained, refused
 
 SINGLE = constants.SAFETENSORS_SINGLE_FILE
 INDEX = constants.SAFETENSORS_INDEX_FILE
+ADAPTER = "adapter_config.json"  # PEFT's
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # configuration and tokenizer
 PATIENCE = timedelta(hours=12)  # the ranks' own group would give up in minutes
 
@@ -133,8 +134,9 @@ def weight_files(directory: Path, config: TrainConfig) -> list[Path]:
     """The safetensors files that ``from_pretrained`` would read, and no others.
 
     Raises:
-        ConfigError: there are none, or not all that the index names.
+        ConfigError: there are none, or not all that the index names, or an adapter.
     """
+    check_merged((directory / ADAPTER).is_file(), config)
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     files = [directory / name for name in names_in(directory / INDEX, config)]
@@ -142,6 +144,20 @@ def weight_files(directory: Path, config: TrainConfig) -> list[Path]:
         if not file.is_file():
             raise damaged(config, file.name, "it is in the index only")
     return files
+
+
+def check_merged(has_adapter: bool, config: TrainConfig) -> None:
+    """Where PEFT is installed, ``from_pretrained`` would add the adapter of the folder.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if has_adapter:
+        raise ConfigError(
+            f"model_name={config.model_name!r} must hold a whole model, but has "
+            f"{ADAPTER}; merge the adapter with merge_and_unload and save_pretrained, "
+            "or try without that file if it is merged"
+        )
 
 
 def names_in(index: Path, config: TrainConfig) -> list[str]:

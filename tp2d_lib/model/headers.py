@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import constants, get_safetensors_metadata
+from huggingface_hub import constants, file_exists, get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model.files import (
+    ADAPTER,
+    check_merged,
     damaged,
     local_directory,
     no_safetensors,
@@ -54,6 +56,7 @@ def read(config: TrainConfig) -> dict[str, Stored]:
         return read_files(local_directory(config), config)
     repository = {"repo_id": config.model_name, "revision": config.model_revision}
     with errors_explained(config):
+        check_merged(file_exists(filename=ADAPTER, **repository), config)
         try:
             files = get_safetensors_metadata(**repository).files_metadata.values()
         except NotASafetensorsRepoError as error:
