@@ -6,6 +6,7 @@ where a store is used, because an engine alone needs no Arrow.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -24,6 +25,11 @@ def path(place: object) -> Path | RemotePath:
 
 def is_remote(place: object) -> bool:
     return "://" in str(place)
+
+
+def local_name(place: RemotePath) -> str:
+    """A name on a disk for what belongs to an address, and to no other one."""
+    return f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def for_ray(place: object) -> tuple[str, Any]:

@@ -174,3 +174,14 @@ def test_a_disk_with_too_little_space_is_found_before_training(config):
     storage.check_space(config, 1000)
     with pytest.raises(ConfigError, match=r"must have at least 1,000,000.0 GB free"):
         storage.check_space(config, 10**15)
+
+
+def test_runs_of_one_name_in_two_buckets_share_no_local_folder(config, tmp_path):
+    one, other, again = (
+        manifest.local_folder(
+            replace(config, storage_path=f"s3://{name}/runs", cache_dir=str(tmp_path))
+        )
+        for name in ("first", "second", "first")
+    )
+    assert one == again != other
+    assert one.parent == other.parent == tmp_path

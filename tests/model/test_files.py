@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from tests.support.hub import GATED, Hub
 from tests.support.pool import Pool
@@ -181,6 +183,16 @@ def test_the_driver_downloads_no_weights(ranks, config, repository, folder):
     assert not set(repository.downloads()) & {*SHARDS, *OTHERS}
 
 
+def test_an_adapter_is_refused_before_its_download(ranks, hub, folder, tmp_path):
+    adapted = shutil.copytree(folder, tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}")
+    config = TrainConfig(model_name="someone/adapted")
+    repository = hub.add(config.model_name, adapted)
+    (said,) = ranks.run(refusals, config, str(tmp_path), headers.read)[0]
+    assert "must hold a whole model, but has adapter_config.json; merge" in said
+    assert not set(repository.downloads()) & set(SHARDS)
+
+
 def refusals(config, cache, *readers):
     """Run by a rank with an empty cache: what each reader says of a model."""
     said = []
@@ -277,3 +289,26 @@ def test_an_index_names_files_of_its_folder(folder, tmp_path, name):
     config = TrainConfig(model_name=str(tmp_path))
     with pytest.raises(ConfigError, match=f"must hold an undamaged {files.INDEX}"):
         files.model_directory(config)
+
+
+def test_a_release_with_another_default_has_the_same_models(folder, monkeypatch):
+    config = TrainConfig(model_name=str(folder))
+    before, complete = identity.of(config), LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda hf: complete(hf) | {"new": 1})
+    assert identity.of(config) == before
+
+
+def test_a_model_is_its_configuration_and_weights(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = TrainConfig(model_name=str(copy))
+    stored = identity.of(config)
+    earlier = {"config": "of all defaults", "weights": stored["weights"]}
+    content = json.loads((copy / "config.json").read_text())
+    for change, same in (
+        ({"transformers_version": "6"}, True),
+        ({"rms_norm_eps": 1e-3}, False),
+    ):
+        (copy / "config.json").write_text(json.dumps(content | change, indent=9))
+        assert identity.is_same(stored, config) == same
+        assert identity.is_same(earlier, config)
+    assert not identity.is_same(earlier | {"weights": "others"}, config)

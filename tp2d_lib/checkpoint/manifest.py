@@ -214,7 +214,11 @@ def set_aside(folder: Folder) -> Folder:
 def local_folder(config: TrainConfig) -> Path:
     """On a disk that every node sees: the run's folder, or one for a run in a store."""
     folder = run_folder(config)
-    return folder if isinstance(folder, Path) else config.data_dir / config.run_name
+    return (
+        folder
+        if isinstance(folder, Path)
+        else config.data_dir / store.local_name(folder)
+    )
 
 
 def remove_converted(config: TrainConfig, notify: Callable = print) -> None:

@@ -100,7 +100,7 @@ def check(config: TrainConfig) -> dict | None:
         before = stored["settings"].get(name, getattr(TrainConfig, name))
         if before != getattr(config, name):
             raise differs(name, getattr(config, name), start, repr(before))
-    if stored["model"] != identity.of(config):
+    if not identity.is_same(stored["model"], config):
         raise differs("model_name", config.model_name, start, "another model")
     if stored["rows"] != Path(config.prepared_data).name:
         raise differs("prepared_data", config.prepared_data, start, "other rows")

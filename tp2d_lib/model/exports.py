@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import math
 import shutil
@@ -139,8 +138,7 @@ def partial_folder(directory: Path | store.RemotePath, config: TrainConfig) -> P
     """
     if isinstance(directory, Path):
         return directory.with_name(f"{directory.name}.partial")
-    address = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-    return config.data_dir / f"{directory.name}-{address}.partial"
+    return config.data_dir / f"{store.local_name(directory)}.partial"
 
 
 def clear(partial: Path) -> None:

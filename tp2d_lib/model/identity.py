@@ -9,27 +9,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, model_info
+from transformers import PretrainedConfig
 
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import digest
 from tp2d_lib.model import files
-from tp2d_lib.model.architecture import load_model_config
 from tp2d_lib.model.hub import errors_explained
 
 KNOWN: dict[tuple, dict[str, str]] = {}
-VARYING = ("_name_or_path", "transformers_version")  # no part of what the model is
+# No part of what the model is; transformers adds the last two where it reads the rest.
+VARYING = ("_name_or_path", "transformers_version", "auto_map", "_commit_hash")
 
 
 def of(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of the model's configuration, and of its weights at the start.
+    """SHA-256 of the content of ``config.json``, and of the weights at the start.
 
-    Equal for a Hub model and a copy of its files: the Hub records the same digests.
+    Equal for a Hub model and a copy of its files, because the Hub records the same
+    digests; and in every release of transformers, which may add defaults.
     """
-    hf = load_model_config(config).to_dict()
-    kept = {name: value for name, value in hf.items() if name not in VARYING}
-    parts = {"config": kept, "weights": file_digests(config)}
+    with errors_explained(config):
+        content, _ = PretrainedConfig.get_config_dict(
+            config.model_name, revision=config.model_revision
+        )
+    kept = {name: value for name, value in content.items() if name not in VARYING}
+    parts = {"config.json": kept, "weights": file_digests(config)}
     texts = {k: json.dumps(v, sort_keys=True, default=str) for k, v in parts.items()}
     return {k: hashlib.sha256(text.encode()).hexdigest() for k, text in texts.items()}
+
+
+def is_same(stored: dict[str, str], config: TrainConfig) -> bool:
+    """Whether the model is that of a checkpoint, from what its manifest records.
+
+    Earlier versions recorded the configuration as transformers completed it, under
+    another name; of their checkpoints only the weights are compared.
+    """
+    return all(stored.get(k, found) == found for k, found in of(config).items())
 
 
 def at_start(config: TrainConfig) -> dict[str, str]:
