@@ -15,7 +15,6 @@ from tp2d_lib.model import identity
 
 # Compared first: clearer messages.
 EQUAL = ("optimizer", "decay", "seed", "seq_length", "pack")
-LIBRARIES = ("torch", "transformers", "deepspeed")  # whose versions are recorded
 COMPARED = ("model_name", "model_revision", "prepared_data")  # by content, see `about`
 PLACES = (  # where things are, and who does them: no part of what is computed
     "run_name",
@@ -29,6 +28,7 @@ PLACES = (  # where things are, and who does them: no part of what is computed
     "export_dtype",
     "report_to",
 )
+LIBRARIES = ("torch", "transformers", "deepspeed")  # whose versions are recorded
 
 
 def about(engine: str, config: TrainConfig) -> dict:

@@ -40,7 +40,7 @@ def save(
         it returns the folder, which is complete when it has returned on rank 0.
     """
     lease.check(config)
-    WRITING.acquire()  # as `await_earlier` does: its turn to communicate
+    WRITING.acquire()  # until the one before is complete: its turn to communicate
     partial = manifest.partial_folder(config, state["step"])
     partial.mkdir(parents=True, exist_ok=True)
     group = group_of_writers()
