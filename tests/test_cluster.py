@@ -286,7 +286,7 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it(head, tmp_path):
     joined = f"joined the Ray cluster at {head.address}: 1 nodes, 0 GPUs\n"
     named, sent = {"RAY_ADDRESS": head.address}, {"RAY_AUTH_TOKEN": head.token}
     for good in (
-        {"HOME": str(head.tmp)} | named,
+        {"HOME": str(head.tmp), "http_proxy": "http://127.0.0.1:1"} | named,
         {"HOME": str(head.tmp), "RAY_ADDRESS": "auto"},
         {"HOME": stranger} | named | sent,
         {"HOME": stranger, "RAY_AUTH_TOKEN_PATH": str(file)} | named,

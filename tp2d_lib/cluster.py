@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import grpc
 import ray
 import transformers
-from ray._private.grpc_utils import init_grpc_channel
+from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
@@ -172,7 +172,7 @@ def lets_in(address: str) -> bool:
     Raises:
         OSError: what listens at the address is no Ray cluster.
     """
-    with init_grpc_channel(address) as channel:
+    with create_gcs_channel(address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
         except ray.exceptions.AuthenticationError:  # it has none to send
