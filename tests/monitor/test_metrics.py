@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from tests.support.demo import make_config
+from tp2d_lib import data
 from tp2d_lib.monitor import gpus
 from tp2d_lib.monitor.metrics import flops_per_token
 
@@ -49,11 +52,52 @@ def test_flops_count_what_multiplies(kind, tied):
         ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA RTX A1000", None),  # no A100
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("GRID A100-10C", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H800", 989e12),
+        ("NVIDIA H800 PCIe", 756e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
+        ("Tesla T4", None),  # it has no bfloat16
     ],
 )
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpus.peak_flops(torch.device("cuda")) == peak
+
+
+def logged(config):
+    """Run by every rank: a record of two steps that were not computed."""
+    from tp2d_lib.data import build_dataloader
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+    from tp2d_lib.monitor.metrics import Metrics
+
+    mesh = build_mesh(config.dp_size, config.tp_size, "cpu")
+    loader, history = build_dataloader(config, mesh), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "peak_flops", lambda device: 1e12)
+        metrics = Metrics(build_engine(config, mesh), config, 0, history, print)
+        for _, batch in zip(range(2), loader, strict=False):
+            metrics.add(batch, torch.ones(()), torch.ones(()))
+        valid = int(metrics.valid)
+        metrics.log(2, 0.1, loader)
+    return history[0], metrics.flops, valid
+
+
+def test_padding_is_no_work(demo_paths, tmp_path, pools):
+    """A row of n tokens predicts n - 1; what follows them is padding."""
+    config = make_config(demo_paths, tmp_path, 1, 1, pack="none", device="cpu")
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    ((record, flops, valid),) = pools(1).run(logged, config)
+    rows = 2 * config.global_batch_size
+    assert valid + rows < 0.8 * rows * config.seq_length  # the rest is padding
+    per_second = record["tokens_per_second"] * (valid + rows) / valid
+    assert record["mfu"] == pytest.approx(per_second * flops / 1e12)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

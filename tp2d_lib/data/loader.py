@@ -59,6 +59,10 @@ class BatchLoader:
             ids.append(order[first : start + count - epoch * size])
         return np.concatenate(ids)
 
+    def tokens_in(self, start: int, count: int) -> int:
+        """The tokens of samples ``start .. start + count``, without padding."""
+        return int(self.rows.lengths[self.sample_ids(start, count)].sum())
+
     def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         while self.steps_left:
             shares = self.share_at(self.position)

@@ -122,8 +122,9 @@ class Metrics:
         }
         if self.peak:
             rows = len(self.losses) * self.config.global_batch_size
-            done = rows * self.config.seq_length * self.flops
-            record["mfu"] = done / seconds / self.peak / dist.get_world_size()
+            tokens = loader.tokens_in(loader.position - rows, rows)
+            done = tokens * self.flops / seconds
+            record["mfu"] = done / self.peak / dist.get_world_size()
         self.history.append(record)
         if self.writer:
             for key in record.keys() - {"step", "position"}:
