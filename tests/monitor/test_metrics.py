@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
 from tests.support.demo import make_config
 from tp2d_lib import data
@@ -39,6 +39,21 @@ def test_flops_count_what_multiplies(kind, tied):
     attention = 12 * 2 * 32 * 64
     expected = 6 * linear + attention
     assert flops_per_token(model, 64) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_token_visits_some_experts():
+    """Two of eight cost as much as if there were no others."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
+    with torch.device("meta"):
+        eight, two = (
+            AutoModelForCausalLM.from_config(
+                MixtralConfig(num_local_experts=n, num_experts_per_tok=2, **sizes)
+            )
+            for n in (8, 2)
+        )
+    expected = flops_per_token(two, 64)
+    assert flops_per_token(eight, 64) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(

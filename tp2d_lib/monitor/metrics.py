@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PretrainedConfig
 
 from tp2d_lib import checkpoint, data, store
 from tp2d_lib.checkpoint import manifest
@@ -27,17 +28,28 @@ def flops_per_token(model: nn.Module, seq_length: int) -> float:
 
     6 N for N parameters, embedding counted once as the head, and
     12 * layers * heads * head_dim * seq_length for attention: PaLM (arXiv:2204.02311),
-    appendix B. Recomputation by activation checkpointing is not counted.
+    appendix B. Of experts, those that a token visits are counted; recomputation by
+    activation checkpointing is not.
     """
     hf = model.config.get_text_config()
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     weights = sum(p.numel() for p in model.parameters())
     if not hf.tie_word_embeddings:  # an embedding looks up and does not multiply
         weights -= model.get_input_embeddings().weight.numel()
+    experts = [p.numel() for n, p in model.named_parameters() if ".experts." in n]
+    weights -= sum(experts) * (1 - share_of_experts(hf))
     attention = (
         12 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * seq_length
     )
     return 6 * weights + attention
+
+
+def share_of_experts(hf: PretrainedConfig) -> float:
+    """How many of a layer's experts a token visits; 1 where that is not known."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    every = next(filter(None, (getattr(hf, name, None) for name in names)), None)
+    visited = getattr(hf, "num_experts_per_tok", None)
+    return visited / every if visited and every else 1.0
 
 
 def peak_memory(device: torch.device) -> int:
