@@ -110,7 +110,7 @@ def hindered(config):
         def when_the_next_waits():
             future.result = result
             if not last:
-                wait_until(lambda: watchdog.heart.phase == "earlier save", seconds=100)
+                wait_until(lambda: watchdog.heart.phase == "earlier save", seconds=300)
             return result()
 
         future.result = when_the_next_waits
