@@ -111,11 +111,16 @@ def test_weights_must_be_finite_and_all_there(demo_paths, tmp_path, pools):
     other, holder = pools(2, "fsdp").run(build, "fsdp", config)
     assert other is None
     assert holder.startswith(sentence)
-    del weights[name]
-    save_file(weights, file, {"format": "pt"})
-    for engine in ("fsdp", "autotp"):
-        said = pools(1, engine).run(build, engine, alone)[0]
-        assert said.startswith(f"ConfigError: model_name={str(path)!r} must hold every")
+    whole = weights.pop(name)
+    for tensors, rule in (
+        (weights, f"every weight of LlamaForCausalLM, but lacks {name!r}"),
+        (weights | {name: whole.to(torch.int8)}, "weights in floating-point types"),
+    ):
+        save_file(tensors, file, {"format": "pt"})
+        for engine in ("fsdp", "autotp"):
+            said = pools(1, engine).run(build, engine, alone)[0]
+            assert said.startswith(f"ConfigError: model_name={str(path)!r} must hold ")
+            assert rule in said
 
 
 def test_the_demo_itself_is_good(config):
