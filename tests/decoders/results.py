@@ -27,7 +27,7 @@ sentence quoted. `make test-decoders` makes this page.
 
 @dataclass
 class Result:
-    """Of one decoder; a cell is equal, perhaps with a setting, refused or wrong."""
+    """Of one decoder; a cell begins with "equal", "refused" or "wrong"."""
 
     model: str = ""  # its class
     unbuilt: str = ""  # why it could not be made tiny

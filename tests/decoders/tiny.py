@@ -4,7 +4,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.support.models import VOCAB_SIZE
 
@@ -141,3 +147,7 @@ def write(name: str, directory: Path) -> None:
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(directory)
+    words = {f"w{number}": number for number in range(VOCAB_SIZE)}
+    words = Tokenizer(WordLevel(words, unk_token="w0"))
+    # The family's own class might need a package, or more files.
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
