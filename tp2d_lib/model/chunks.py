@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.architecture import device_type
@@ -56,19 +53,22 @@ def compute_loss_in_chunks(
     chunk = chunk_tokens(config, model.config.vocab_size)
     if not 0 < chunk < config.batch_size_per_gpu * config.seq_length:
         return
-    whole, decoder = model.forward, model.get_decoder()
+    whole, decoder = model.forward, model.base_model
 
-    def compute_loss(hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor):
+    def compute_loss(
+        hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, kind: type
+    ):
         # It uses the shifted labels; others only make it compute a loss.
         targets = {"labels": labels, "shift_labels": labels}
-        with decoder_returns(model, hidden.contiguous()):
+        with decoder_returns(model, kind(last_hidden_state=hidden.contiguous())):
             loss = whole(**targets, num_items_in_batch=valid).loss
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def forward(labels=None, num_items_in_batch=None, **inputs):
         if num_items_in_batch is None:
             return whole(labels=labels, **inputs)
-        hidden = decoder(**inputs).last_hidden_state
+        returned = decoder(**inputs)
+        hidden = returned.last_hidden_state
         rows, positions = hidden.shape[:2]
         # As the head all-gathers them: a chunk has the same positions of every shard.
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -76,10 +76,12 @@ def compute_loss_in_chunks(
         width = max(chunk // (rows * sequence_shards), 1)
         parts = labels.split(width, dim=-1)
         targets = [part.flatten(1).contiguous() for part in parts]
-        loss_of = partial(compute_loss, valid=num_items_in_batch)
+        loss_of = partial(compute_loss, valid=num_items_in_batch, kind=type(returned))
         if torch.is_grad_enabled():
-            head = model.get_output_embeddings().parameters()
-            weights = [weight for weight in head if weight.requires_grad]
+            inside = set(decoder.parameters())
+            head = set(model.parameters()) - inside  # of all that follows the decoder
+            head |= set(model.get_output_embeddings().parameters())  # tied, perhaps
+            weights = [p for p in model.parameters() if p in head and p.requires_grad]
             loss = LossInChunks.apply(hidden, targets, width, loss_of, *weights)
         else:
             loss = sum(map(loss_of, hidden.split(width, dim=1), targets))
@@ -89,11 +91,11 @@ def compute_loss_in_chunks(
 
 
 @contextmanager
-def decoder_returns(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+def decoder_returns(model: nn.Module, output: ModelOutput) -> Iterator[None]:
     """Call the model without its decoder: an attribute comes before a submodule."""
-    decoder = model.get_decoder()
+    decoder = model.base_model
     name = next(key for key, child in model.named_children() if child is decoder)
-    model.__dict__[name] = lambda *_, **__: BaseModelOutputWithPast(hidden)
+    model.__dict__[name] = lambda *_, **__: output
     try:
         yield
     finally:
