@@ -29,15 +29,14 @@ def check(
         ConfigError: one sentence: the field, the value, the rule, a value that works.
     """
     guards.check_sizes(config)
-    guards.check_loss(config)
     guards.check_compiler(config)
     guards.check_attention(config)
+    model = build_empty_model(config)
+    guards.check_loss(model, config)
     if plan:
-        model = build_empty_model(config)
         return model, {name: name for name in model.state_dict()}
     stored = headers.read(config)
     storage.check(config)
-    model = build_empty_model(config)
     names = headers.check(model, stored, config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
     storage.check_space(config, each * sum(p.numel() for p in model.parameters()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -80,16 +81,6 @@ def check_sizes(config: TrainConfig) -> None:
         )
 
 
-def check_loss(config: TrainConfig) -> None:
-    """A loss is a sum over tokens; a router's, a mean over a micro-batch, is not."""
-    if getattr(load_model_config(config), "output_router_logits", False):
-        raise ConfigError(
-            f"model_name={config.model_name!r} must have no loss besides that of its "
-            "tokens, but its config.json adds its router's; try a copy with "
-            "output_router_logits=false"
-        )
-
-
 def longest_sequence(hf: PretrainedConfig) -> int | None:
     """Tokens that the model has positions for, or None if there is no limit.
 
@@ -101,6 +92,24 @@ def longest_sequence(hf: PretrainedConfig) -> int | None:
     first = scaling.get("original_max_position_embeddings") or limit
     factor = scaling.get("factor")
     return max(limit, int(first * factor)) if limit and factor else limit
+
+
+def check_loss(model: nn.Module, config: TrainConfig) -> None:
+    """A loss is a sum over tokens, divided by a number that the caller gives.
+
+    A router's is a mean over a micro-batch, and so is that of some decoders' own code.
+    """
+    must = f"model_name={config.model_name!r} must be a decoder"
+    if getattr(model.config, "output_router_logits", False):
+        raise ConfigError(
+            f"{must} with no loss besides that of its tokens, but its config.json adds "
+            "its router's; try a copy with output_router_logits=false"
+        )
+    if "loss_function" not in inspect.getsource(inspect.unwrap(type(model).forward)):
+        raise ConfigError(
+            f"{must} whose loss can count the tokens of the whole batch, but "
+            f"{type(model).__name__} computes one of its own; try 'Qwen/Qwen2.5-0.5B'"
+        )
 
 
 def check_attention(config: TrainConfig) -> None:
