@@ -21,8 +21,8 @@ def load_full_model(config: TrainConfig) -> PreTrainedModel:
         NonFiniteError: a tensor holds NaN or infinity.
     """
     directory = model_directory(config)
-    stored = headers.read_files(directory, config)
-    headers.check(build_empty_model(config), stored, config)
+    empty = build_empty_model(config)
+    headers.check(empty, headers.read_files(directory, config), config)
     dtype, _ = pick_dtype(config, device_type(config))
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -33,4 +33,7 @@ def load_full_model(config: TrainConfig) -> PreTrainedModel:
     )
     weights.check_complete(info["missing_keys"], directory)  # else they are random
     check_finite(dict(model.named_parameters()), directory)
+    for name, parameter in empty.named_parameters():
+        # from_pretrained forgets it; a router's bias would decay.
+        model.get_parameter(name).requires_grad_(parameter.requires_grad)
     return model.train()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from tp2d_lib import checkpoint, store
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
+
+# What chooses positions, and what no loss of a decoder depends on.
+UNTRAINED = re.compile(r"\.(indexer|compressor|pooler)\.")
 
 
 def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
@@ -35,6 +40,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
     model, _ = preflight.check(config, "autotp", plan)
+    check_decay(model, config)
     if start := checkpoint.start_of(config):
         stored = json.loads((store.path(start) / universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
@@ -43,6 +49,17 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
         rules.check_time(config.partition_config, names)
         partition.check(model, config)
     return config
+
+
+def check_decay(model: nn.Module, config: TrainConfig) -> None:
+    """DeepSpeed updates what gets no gradient as if it were zero: it decays."""
+    names = [name for name, _ in model.named_parameters() if UNTRAINED.search(name)]
+    if names and config.weight_decay:
+        raise ConfigError(
+            f"weight_decay={config.weight_decay} must be 0 for {type(model).__name__}, "
+            f"of which {names[0]!r} gets no gradient, but would decay; "
+            "try weight_decay=0.0"
+        )
 
 
 def check_precision(config: TrainConfig) -> None:
