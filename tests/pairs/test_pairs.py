@@ -17,7 +17,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from tests.pairs import settings, training
@@ -41,8 +40,9 @@ MODELS = {
     "windows": ("mistral", {"sliding_window": settings.SEQ // 3}),  # needs masks
 }
 SENTENCE = re.compile(r".+ (must|cannot) .+; try .+", re.DOTALL)
-TOLERANCES = {"float32": (1e-5, 1e-4)}  # relative, of losses and norms
-HALF = (2e-2, 5e-2)
+EXACT = (1e-5, 1e-4)  # relative, of losses and norms
+HALF = (2e-2, 5e-2)  # in bfloat16, before the first update
+LATER = (2e-1, 2e-1)  # and after it: AdamW follows the sign of what rounding leaves
 
 
 class Net:
@@ -145,12 +145,16 @@ def chats(count: int) -> list[dict]:
 
 def compare(answers: list, config: TrainConfig, case: dict, folder: Path) -> None:
     losses, norms, weights, held_out = training.expected(config, case["frozen"])
-    rtol, norm_rtol = TOLERANCES.get(case["precision"], HALF)
+    first, later = EXACT, EXACT
+    if case["precision"] != "float32":
+        first, later = HALF, LATER
     for found in answers:
-        got = list(zip(*found["steps"], strict=True))
-        torch.testing.assert_close(list(got[0]), losses, rtol=rtol, atol=0)
-        torch.testing.assert_close(list(got[1]), norms, rtol=norm_rtol, atol=0)
-        assert found.get("held_out") == (held_out and pytest.approx(held_out, rel=rtol))
+        steps = zip(found["steps"], losses, norms, strict=True)
+        for rtol, (got, *expected) in zip((first, later, later), steps, strict=True):
+            assert got[0] == pytest.approx(expected[0], rel=rtol[0])
+            assert got[1] == pytest.approx(expected[1], rel=rtol[1])
+        if held_out:
+            assert found["held_out"] == pytest.approx(held_out, rel=later[0])
         assert not found["resumed"], f"differs when resumed: {found['resumed'][:3]}"
     if case["precision"] == "float32":
         # Of a large vocabulary most tokens have next to no gradient.
