@@ -60,8 +60,10 @@ def compute_loss_in_chunks(
     ):
         # It uses the shifted labels; others only make it compute a loss.
         targets = {"labels": labels, "shift_labels": labels}
-        with decoder_returns(model, kind(last_hidden_state=hidden.contiguous())):
-            loss = whole(**targets, num_items_in_batch=valid).loss
+        hidden = hidden.contiguous()
+        with decoder_returns(model, kind(last_hidden_state=hidden)):
+            # Gemma 4 looks at the number of its inputs.
+            loss = whole(**targets, num_items_in_batch=valid, inputs_embeds=hidden).loss
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def forward(labels=None, num_items_in_batch=None, **inputs):
@@ -92,14 +94,16 @@ def compute_loss_in_chunks(
 
 @contextmanager
 def decoder_returns(model: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """Call the model without its decoder: an attribute comes before a submodule."""
-    decoder = model.base_model
-    name = next(key for key, child in model.named_children() if child is decoder)
-    model.__dict__[name] = lambda *_, **__: output
+    """Call the model as if its decoder had returned this."""
+    attributes = vars(model.base_model)
+    own = attributes.get("forward")  # besides that of its class
+    attributes["forward"] = lambda *_, **__: output
     try:
         yield
     finally:
-        del model.__dict__[name]
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
 
 
 class LossInChunks(torch.autograd.Function):
