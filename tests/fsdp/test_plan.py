@@ -1,6 +1,7 @@
 """A plan that does not cover a model is an error that names what is left."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
     PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
@@ -16,17 +18,21 @@ from torch.distributed.tensor.parallel import (
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    GPT2Config,
     MixtralConfig,
     Qwen3Config,
     StableLmConfig,
 )
 
-from tests.support import parity
+from tests.support import parity, reference
 from tests.support.demo import make_config
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of
+from tp2d_lib import fsdp
+from tp2d_lib.config import ConfigError
 from tp2d_lib.fsdp.local import equivalent, on_local_shards
 from tp2d_lib.fsdp.plan import tensor_parallel_plan
+from tp2d_lib.fsdp.whole import ComputeWhole
 from tp2d_lib.model import PlanError
 
 SIZES = {
@@ -74,31 +80,42 @@ def test_norm_beside_the_head_has_own_positions():
     assert isinstance(tensor_parallel_plan(model)["norm"], SequenceParallel)
 
 
+def whole_in(plan: dict) -> list[str]:
+    return [name for name, style in plan.items() if isinstance(style, ComputeWhole)]
+
+
 @pytest.mark.parametrize(
-    ("kind", "settings", "named"),
+    ("kind", "sharded", "left"),
     [
-        (MixtralConfig, {"num_key_value_heads": 2}, "experts"),
+        (MixtralConfig, "self_attn.q_proj", "mlp"),  # experts
+        (ApertusConfig, "self_attn.q_proj", "mlp.up_proj"),  # a learned activation
+        (StableLmConfig, "mlp.up_proj", "self_attn.q_proj"),  # by names only
     ],
 )
-def test_style_that_is_not_known(kind, settings, named):
-    with pytest.raises(PlanError, match=rf"style .*{named}.* must be one of"):
-        tensor_parallel_plan(empty(kind, **settings))
+def test_what_has_no_style_is_left_whole(kind, sharded, left):
+    model = empty(kind, num_key_value_heads=4)
+    plan = tensor_parallel_plan(model, Replicate())
+    assert f"model.layers.*.{sharded}" in plan
+    assert f"model.layers.*.{left}" not in plan
+    assert whole_in(plan) == ["model.layers.0", "model.layers.1", "model"]
 
 
-def test_model_without_a_plan_for_its_layers():
-    with pytest.raises(PlanError, match="StableLmForCausalLM must publish a tp_plan"):
-        tensor_parallel_plan(empty(StableLmConfig, num_key_value_heads=4))
+def test_layers_of_one_name_may_differ():
+    """Of two MLPs with the same pattern, one holds a parameter that has no style."""
+    model = empty(Qwen3Config, num_key_value_heads=2, head_dim=8)
+    model.model.layers[1].mlp.gain = nn.Parameter(torch.ones(4))
+    plan = tensor_parallel_plan(model, Replicate())
+    assert isinstance(plan["model.layers.0.mlp.up_proj"], ColwiseParallel)
+    assert not {"model.layers.1.mlp.up_proj", "model.layers.*.mlp.up_proj"} & set(plan)
 
 
-def test_model_with_a_plan_for_a_part():
-    with pytest.raises(
-        PlanError, match=r"leaves 'model\.layers\.0\.mlp\.act_fn\.alpha_p'"
-    ):
-        tensor_parallel_plan(empty(ApertusConfig, num_key_value_heads=4))
+def test_model_of_which_no_layer_can_be_sharded():
+    with pytest.raises(PlanError, match="GPT2LMHeadModel must have layers that can be"):
+        tensor_parallel_plan(AutoModelForCausalLM.from_config(GPT2Config(n_layer=1)))
 
 
 def apply_to_uncovered(model_dir):
-    """Run by every rank: a module that the plan does not know."""
+    """Run by every rank: a module that the plan, perhaps edited, does not know."""
     from tp2d_lib.fsdp.plan import apply_tp
     from tp2d_lib.mesh import build_mesh
 
@@ -106,22 +123,15 @@ def apply_to_uncovered(model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     plan = tensor_parallel_plan(model)
     model.model.layers[1].mlp.gain = nn.Parameter(torch.ones(4))
-    messages = []
-    for attempt in (
-        lambda: tensor_parallel_plan(model),
-        lambda: apply_tp(model, mesh["tp"], plan),  # a plan edited by its reader
-    ):
-        try:
-            attempt()
-        except PlanError as error:
-            messages.append(str(error))
-    return messages
+    try:
+        apply_tp(model, mesh["tp"], plan)
+    except PlanError as error:
+        return str(error)
 
 
 def test_parameter_off_the_mesh_is_named(demo_paths, pools):
-    for first, second in pools(2).run(apply_to_uncovered, demo_paths[0]):
-        assert "leaves 'model.layers.1.mlp.gain' replicated" in first
-        assert "leaves 'model.layers.1.mlp.gain' off the tp mesh" in second
+    for said in pools(2).run(apply_to_uncovered, demo_paths[0]):
+        assert "leaves 'model.layers.1.mlp.gain' off the tp mesh" in said
 
 
 def test_layers_compute_on_plain_tensors_or_the_plan_stays():
@@ -227,3 +237,32 @@ def test_weight_that_no_file_fills_is_named(demo_paths, pools, tmp_path):
     config = make_config(demo_paths, tmp_path, 2, 2)
     for message in pools(4).run(load_untied, config):
         assert "must hold lm_head.weight (1 missing)" in message
+
+
+def train_from_own_seed(config, steps):
+    """Run by every rank: its generator once it is built, losses and norms."""
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    engine = build_engine(config, mesh)
+    state = torch.get_rng_state()
+    batches = share_of(steps, mesh, config.batch_size_per_gpu)
+    return state, [tuple(map(float, engine.step(batch))) for batch in batches]
+
+
+def test_what_all_tp_ranks_compute_drops_out_the_same(pools, tmp_path):
+    """Phi-3 gathers query, key and value: every rank attends with all heads."""
+    path = write_model("phi3", tmp_path, attention_dropout=0.3)
+    config = parity.make_config(path, str(tmp_path), 2, 1, ("packed", 1, "sgd"))
+    steps = make_steps("packed", 1)[:2]
+    for state, got in pools(2).run(train_from_own_seed, config, steps):
+        losses, norms, _ = reference.train(
+            path, "sgd", steps, config.max_grad_norm, rng_state=state
+        )
+        torch.testing.assert_close([g[0] for g in got], losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close([g[1] for g in got], norms, rtol=1e-4, atol=0)
+    with pytest.raises(
+        ConfigError, match=r"Phi3ForCausalLM has dropout where .*'auto'"
+    ):
+        fsdp.check(replace(config, sequence_parallel="always"))

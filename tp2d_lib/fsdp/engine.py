@@ -86,10 +86,10 @@ def forward(
     engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
 ) -> torch.Tensor:
     """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
-    seq = micro["input_ids"].shape[1]
-    # A tp rank holds seq / tp positions, so the model cannot infer position_ids.
-    inputs = {"position_ids": torch.arange(seq, device=engine.device)[None]}
-    inputs |= model_inputs(engine.model, micro, engine.device)
+    inputs = model_inputs(engine.model, micro, engine.device)
+    if engine.config.tp_size > 1:  # a rank that holds seq / tp positions infers others
+        whole = torch.arange(micro["input_ids"].shape[1], device=engine.device)[None]
+        inputs.setdefault("position_ids", whole)
     return engine.model(**inputs, use_cache=False, num_items_in_batch=valid).loss
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -18,54 +17,56 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tp2d_lib.fsdp.local import OnShards, on_local_shards
-from tp2d_lib.model import PlanError
+from tp2d_lib.fsdp.whole import ComputeWhole, keys_of, parent, parts_left_whole
+from tp2d_lib.model import PlanError, decoder_layers
+from tp2d_lib.model.blocks import is_norm, shardable
+
+STYLES = {  # what a module of a block may be published as
+    "colwise",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_split_input",
+    "replicated_with_grad_allreduce",
+    "norm_of_all",
+}
 
 
 def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict:
-    """Turn the model's published ``tp_plan`` into DTensor styles.
+    """Turn the model's published ``tp_plan``, or usual names, into DTensor styles.
 
     Embedding and head are sharded over the vocabulary. A block all-gathers the residual
     stream (batch, seq / tp, hidden) and reduce-scatters the ranks' sum; a stream that
-    is ``Replicate()`` has all positions, and is summed. ``*`` stands for any layer.
+    is ``Replicate()`` has all positions, and is summed. Then tp ranks may compute other
+    blocks in full. ``*`` stands for any layer.
 
     Raises:
-        PlanError: no plan, an unknown style, or a parameter that it leaves replicated.
+        PlanError: no block can be sharded, or a parameter is left out.
     """
-    published = dict(model.tp_plan or {})
-    if not any("layers" in name for name in published):
+    styles, plan = shardable(model, STYLES), {}
+    if not styles:
         raise PlanError(
-            f"{type(model).__name__} must publish a tp_plan for its layers to be "
-            "sharded over tp ranks, but has none; try tp_size=1"
+            f"{type(model).__name__} must have layers that can be sharded over tp "
+            "ranks, by a tp_plan or by their names, but has none; try tp_size=1"
         )
-    gathers = [n for n, s in published.items() if "gather" in s and "layers" in n]
-    plan, whole = {}, {name.rpartition(".")[0] for name in gathers}
+    whole, keys = parts_left_whole(model, styles), keys_of(model, styles)
     for name, module in model.named_modules():
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        block, style = pattern.rpartition(".")[0], published.get(pattern)
+        style = styles.get(name)
         if module is model.get_input_embeddings():
             style = "vocabulary_rows"
         elif module is model.get_output_embeddings():
             style = "vocabulary_columns"
-        elif style is None and type(module).__name__.endswith("Norm"):
-            style = "norm_of_all" if block in whole else "norm"
+        elif style is None and is_norm(module) and not whole:
+            style = "norm"
         if style is not None:
-            plan[pattern] = dtensor_style(pattern, style, module, stream)
+            plan[keys[name]] = dtensor_style(style, stream)
             if style.startswith("colwise"):
-                parent = model.get_submodule(name.rpartition(".")[0])
-                plan[block] = gather_input(parent, stream)
-    for name, _ in model.named_parameters():
-        module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
-        if isinstance(plan.get(module), PrepareModuleInput | None):
-            raise PlanError(
-                f"the plan must cover every parameter, but leaves {name!r} "
-                "replicated; try tp_size=1"
-            )
-    return plan
+                block = parent(name)
+                plan[keys[block]] = gather_input(model.get_submodule(block), stream)
+    return plan | {name: ComputeWhole() for name in whole}
 
 
-def dtensor_style(name: str, style: str, module: nn.Module, stream: Placement):
+def dtensor_style(style: str, stream: Placement) -> ParallelStyle:
     """The DTensor style for a published style; comments note what is communicated."""
-    is_norm = type(module).__name__.endswith("Norm")
     if style == "vocabulary_rows":  # of the embedding; partial sums -> stream
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
     if style == "vocabulary_columns":  # of the head; logits stay sharded
@@ -84,15 +85,10 @@ def dtensor_style(name: str, style: str, module: nn.Module, stream: Placement):
         return RowwiseParallel(output_layouts=stream)
     if style == "rowwise_split_input":  # of which each rank takes its own
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
-    if style == "replicated_with_grad_allreduce" and is_norm:
-        # A norm on local heads (batch, seq, heads, head_dim): replicated weight,
-        # partial gradient. Naming the head dimension makes DTensor sum it over tp.
-        return SequenceParallel(sequence_dim=2, use_local_output=True)
-    raise PlanError(
-        f"the style {style!r} of {name!r} must be one of colwise, "
-        "colwise_gather_output, rowwise, rowwise_split_input, or "
-        "replicated_with_grad_allreduce on a norm; try tp_size=1"
-    )
+    # replicated_with_grad_allreduce: a norm on local heads (batch, seq, heads,
+    # head_dim), with a replicated weight and a partial gradient. Naming the head
+    # dimension makes DTensor sum it over tp.
+    return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 
 def gather_input(block: nn.Module, stream: Placement) -> PrepareModuleInput:
@@ -114,7 +110,10 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
     Its layers compute on plain tensors: the same shards and sums in less time.
     """
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    parallelize_module(model, mesh, on_local_shards(plan))
+    whole = {k: style for k, style in plan.items() if isinstance(style, ComputeWhole)}
+    sharded = {k: style for k, style in plan.items() if k not in whole}
+    parallelize_module(model, mesh, on_local_shards(sharded))
+    parallelize_module(model, mesh, whole)  # what those left
     if tied:  # parallelize_module turned one parameter into two
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
@@ -132,7 +131,7 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     embedding's, if it had no group of its own.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.get_decoder().layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     embedding = model.get_input_embeddings()
     if model.get_output_embeddings().weight is not embedding.weight:

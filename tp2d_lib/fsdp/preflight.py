@@ -6,9 +6,11 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.fsdp.plan import tensor_parallel_plan
-from tp2d_lib.model import PlanError, headers
+from tp2d_lib.fsdp.plan import STYLES, tensor_parallel_plan
+from tp2d_lib.fsdp.whole import parts_left_whole
+from tp2d_lib.model import PlanError, decoder_layers, headers
 from tp2d_lib.model.attention import needs_no_mask
+from tp2d_lib.model.blocks import shardable
 
 
 def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
@@ -34,6 +36,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     stream = residual_stream(model, config)
     if config.tp_size > 1:
         tensor_parallel_plan(model, stream)
+    check_shared(model)
     combined = headers.own_state(model).keys() - names.keys()
     if combined:
         raise PlanError(
@@ -44,24 +47,40 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     return config
 
 
+def check_shared(model: nn.Module) -> None:
+    """Layers must not share parameters, because each is sharded by itself.
+
+    Raises:
+        PlanError: names a parameter of two layers.
+    """
+    seen = set()
+    for layer in decoder_layers(model):
+        own = {parameter: name for name, parameter in layer.named_parameters()}
+        if shared := seen & own.keys():
+            raise PlanError(
+                f"{own[shared.pop()]!r} must be a parameter of one layer, but several "
+                f"layers of {type(model).__name__} share it; try DeepSpeed"
+            )
+        seen |= own.keys()
+
+
 def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
     """How the tp ranks hold hidden states (batch, seq, hidden) between blocks.
 
-    Each has seq / tp positions, or all of them where the model makes masks: it would
-    make them for the positions that it sees.
+    Each has seq / tp positions, or all of them where ``needs_all_positions`` says why.
 
     Raises:
         ConfigError: sequence parallelism is demanded of a model that makes masks, or
             the positions cannot be shared out equally.
     """
-    possible = needs_no_mask(model, config)
-    if config.sequence_parallel == "always" and config.tp_size > 1 and not possible:
+    why = needs_all_positions(model, config)
+    if config.sequence_parallel == "always" and config.tp_size > 1 and why:
         raise ConfigError(
             "sequence_parallel='always' must be left to models that attend without a "
-            f"mask, but {type(model).__name__} makes one for "
-            f"seq_length={config.seq_length}; try 'auto'"
+            f"mask and gather nothing else, but {type(model).__name__} {why}; "
+            "try 'auto'"
         )
-    if not possible or config.sequence_parallel == "never":
+    if why or config.sequence_parallel == "never":
         return Replicate()
     length, tp_size = config.seq_length, config.tp_size
     if length % tp_size:
@@ -71,6 +90,25 @@ def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
             f"{max(length // tp_size, 1) * tp_size}, or sequence_parallel='never'"
         )
     return Shard(1)
+
+
+def needs_all_positions(model: nn.Module, config: TrainConfig) -> str | None:
+    """Why tp ranks cannot share out the positions between blocks, if they cannot."""
+    if not needs_no_mask(model, config):
+        return f"makes one for seq_length={config.seq_length}"
+    if config.tp_size == 1:
+        return None
+    styles = shardable(model, STYLES)
+    if parts_left_whole(model, styles):
+        return "has blocks that each tp rank computes in full"
+    # Ranks that hold different positions have random numbers of their own, and would
+    # drop out differently where all of them compute the same.
+    rates = [v for k, v in model.config.to_dict().items() if "drop" in k]
+    if any("gather" in style for style in styles.values()) and any(
+        isinstance(rate, float) and rate for rate in rates
+    ):
+        return "has dropout where each tp rank computes the same"
+    return None
 
 
 def check_precision(config: TrainConfig) -> None:

@@ -3,6 +3,8 @@
 from tp2d_lib.model.architecture import (
     build_empty_model,
     compile_blocks,
+    decoder_layers,
+    decoder_of,
     device_type,
     load_model_config,
     pick_dtype,
@@ -15,6 +17,8 @@ __all__ = [
     "build_empty_model",
     "checkpoint_activations",
     "compile_blocks",
+    "decoder_layers",
+    "decoder_of",
     "device_type",
     "load_model_config",
     "pick_dtype",

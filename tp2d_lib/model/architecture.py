@@ -103,13 +103,25 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
     return model.train()
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's layers, whatever it calls them: its largest list of modules."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What the head works on: the part of the model that has the layers."""
+    layers = decoder_layers(model)
+    return next(part for part in model.children() if layers in [*part.modules()])
+
+
 def compile_blocks(model: nn.Module, tp_size: int) -> None:
     """Compile each layer when it is first called, or its attention and MLP with tp.
 
     With sequence-parallel input to the layer as one, torch 2.13 would silently return a
     wrong gradient to the embedding.
     """
-    for layer in model.get_decoder().layers:
+    for layer in decoder_layers(model):
         if tp_size == 1:
             layer.forward = torch.compile(layer.forward)  # without FSDP's hooks
             continue

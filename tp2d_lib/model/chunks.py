@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model.architecture import device_type
+from tp2d_lib.model.architecture import decoder_of, device_type
 from tp2d_lib.model.attention import IGNORED
 
 MANY = 2**22  # logits on a rank, from which on they are computed in chunks by default
@@ -53,7 +53,7 @@ def compute_loss_in_chunks(
     chunk = chunk_tokens(config, model.config.vocab_size)
     if not 0 < chunk < config.batch_size_per_gpu * config.seq_length:
         return
-    whole, decoder = model.forward, model.base_model
+    whole, decoder = model.forward, decoder_of(model)
 
     def compute_loss(
         hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, kind: type
@@ -95,7 +95,7 @@ def compute_loss_in_chunks(
 @contextmanager
 def decoder_returns(model: nn.Module, output: ModelOutput) -> Iterator[None]:
     """Call the model as if its decoder had returned this."""
-    attributes = vars(model.base_model)
+    attributes = vars(decoder_of(model))
     own = attributes.get("forward")  # besides that of its class
     attributes["forward"] = lambda *_, **__: output
     try:
