@@ -53,13 +53,13 @@ SOURCES = {
         "llama",
         {"tp_preset": "llama", "partition_config": REPLICATED_ATTENTION},
     ),
-    "heuristics": ("stablelm", {}),
+    "blocks": ("stablelm", {}),
 }
 SAID = {
     "preset": "tp_preset='llama'",
     "rules for some": "partition_config",
     "rules on top of a preset": "partition_config on top of tp_preset='llama'",
-    "heuristics": "DeepSpeed's heuristics",
+    "blocks": "the blocks that can be sharded completely",
 }
 
 
@@ -107,7 +107,7 @@ def kinds_of(config):
     return kinds, engine.notice
 
 
-def test_precedence_rules_then_plan_then_heuristics(models, pools, tmp_path):
+def test_precedence_rules_then_plan_then_names(models, pools, tmp_path):
     """What DeepSpeed made of the modules, beside what we say it would."""
     ranks = pools(4, "autotp-(2, 2)")
     config = make_config(models["llama"], str(tmp_path), 2, 2, 1, VARIANTS[0])
@@ -123,7 +123,7 @@ def test_precedence_rules_then_plan_then_heuristics(models, pools, tmp_path):
     assert kinds[mlp] == ("LinearLayer", (48, 64))
     assert "sharded by partition_config; " in notice
 
-    # Left to the source, the vocabulary is sharded by the plan, not by heuristics.
+    # Left to the source, the vocabulary is sharded by the plan, not by names.
     config = replace(config, vocab_parallel_lm_head=False)
     kinds, notice = ranks.run(kinds_of, config)[0]
     assert kinds["lm_head"][0] == "LinearLayer"
@@ -131,8 +131,9 @@ def test_precedence_rules_then_plan_then_heuristics(models, pools, tmp_path):
         0
     ]
     assert kinds["lm_head"][0] == "Linear"
-    assert kinds[attention] == ("LinearLayer", (32, 64))
-    assert "sharded by DeepSpeed's heuristics; vocabulary replicated" in notice
+    assert kinds[attention] == ("Linear", (64, 64))  # it counts on all heads
+    assert kinds[mlp] == ("LinearLayer", (48, 64))
+    assert "sharded by the blocks that can be sharded completely" in notice
 
 
 def test_vocabulary_tied_and_untied(models, pools, tmp_path):
@@ -178,7 +179,7 @@ WRONG = {  # what is given -> what the sentence must name
     "nothing at all": (
         "llama",
         rules({"patterns": [r".*mlp\..*weight$"], "partition_type": "skip"}),
-        "must shard at least one layer",
+        "must shard at least one layer, but shards none; try tp_size=1",
     ),
     "the embedding": (
         "llama",
@@ -226,7 +227,7 @@ def test_presets_that_do_not_fit_are_refused(models, tmp_path):
     config = make_config(models["phi3"], str(tmp_path), 2, 2, 1, VARIANTS[0])
     with pytest.raises(PlanError, match=r"tp_preset='phi3' must .* as the 3 weights"):
         autotp.check(replace(config, tp_preset="phi3"))  # fewer key-value heads
-    with pytest.raises(PlanError, match=r"styles that DeepSpeed knows, .* tp_preset"):
+    with pytest.raises(PlanError, match=r"layers that DeepSpeed can .* tp_preset"):
         autotp.check(config)  # its own plan
 
 

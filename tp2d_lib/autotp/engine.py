@@ -19,7 +19,12 @@ from tp2d_lib import model as models
 from tp2d_lib import store
 from tp2d_lib.autotp import partition, rules, universal
 from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
-from tp2d_lib.autotp.layers import is_sharded, set_local_heads, shard_untied_embedding
+from tp2d_lib.autotp.layers import (
+    is_sharded,
+    set_local_heads,
+    shard_untied_embedding,
+    sizes_kept,
+)
 from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.preflight import check_precision
 from tp2d_lib.autotp.zero import deepspeed_config, describe, shards_vocabulary
@@ -113,17 +118,19 @@ def build_engine(
     init_deepspeed(mesh)
     model = load(config)
     attend_causally(model, config)
-    source = partition.check(model, config)
+    source, partition_config = partition.check(model, config)
     description = partition.describe(source, config)
     expected = None if source == partition.PUBLISHED else probe(model)
     if shards_vocabulary(config):
         shard_untied_embedding(model, mesh)
     models.checkpoint_activations(model, config)
-    wrapped, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config),
-        config=deepspeed_config(config),
-    )
+    styles = partition.derived_styles(model) if source == partition.DERIVED else {}
+    with sizes_kept(model, styles):
+        wrapped, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config),
+            config=deepspeed_config(replace(config, partition_config=partition_config)),
+        )
     set_local_heads(wrapped.module, config.tp_size)
     if expected is not None:
         half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
@@ -252,6 +259,8 @@ class AutoTPEngine:
         else:
             state = self.model.state_dict()
         if dist.get_rank() == 0:
+            kept = self.model.state_dict().keys()  # buffers too, if files hold them
+            state |= {k: b for k, b in self.model.named_buffers() if k in kept}
             said = exports.export_gathered(state, self.config, store.path(directory))
         dist.barrier()
         return said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from deepspeed.module_inject.layers import (
@@ -24,6 +26,31 @@ def shard_untied_embedding(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     sharded = VocabParallelEmbedding(embedding, group, name="embed_tokens")
     sharded.replaced = True  # so that AutoTP leaves it as it is
     model.set_input_embeddings(sharded)
+
+
+@contextmanager
+def sizes_kept(model: PreTrainedModel, sharded: Iterable[str]) -> Iterator[None]:
+    """Let modules around the blocks keep their numbers of heads and features.
+
+    DeepSpeed divides them in every module that holds something sharded, though the rest
+    of it may count on all heads.
+
+    Args:
+        sharded: names of the modules that DeepSpeed shards.
+    """
+    around = set()
+    for name in sharded:
+        block = name.rpartition(".")[0]
+        while block := block.rpartition(".")[0]:
+            around.add(block)
+    modules = [module for name, module in model.named_modules() if name in around]
+    sizes = [
+        {key: value for key, value in vars(module).items() if type(value) is int}
+        for module in modules
+    ]
+    yield
+    for module, before in zip(modules, sizes, strict=True):
+        vars(module).update(before)
 
 
 def set_local_heads(model: PreTrainedModel, tp_size: int) -> None:

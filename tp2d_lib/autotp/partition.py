@@ -1,52 +1,89 @@
-"""What DeepSpeed shards, by your rules, a preset, the model's plan or heuristics."""
+"""What DeepSpeed shards, by your rules, a preset, the model's plan or names."""
 
 from __future__ import annotations
 
 import re
 
 from deepspeed.module_inject.layers import VocabParallelEmbedding
-from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES, TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
 from torch import nn
 
-from tp2d_lib.config import TrainConfig, closest
-from tp2d_lib.model import PlanError
+from tp2d_lib.config import TrainConfig, closest, first_line
+from tp2d_lib.model import PlanError, blocks
 
+HEADS = ("lm_head", "embed_out")  # names that DeepSpeed knows
 # Their fused weights store query, key and value head by head: shard plain columns.
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
 PUBLISHED = "the model's tp_plan"  # rules that the user did not choose
+DERIVED = "the blocks that can be sharded completely"
+SPECS = {  # of a module's style in a plan
+    "colwise": {"partition_type": "column"},
+    "rowwise": {"partition_type": "row"},
+    "replicated_with_grad_allreduce": {
+        "partition_type": "skip",
+        "grad_allreduce": True,
+    },
+}
 
 
-def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, list | None]:
-    """The source of the sharding rules, and the rules; None: DeepSpeed's heuristics.
+def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
+    """The source of the sharding rules, and a ``partition_config`` that holds them.
 
-    The order is DeepSpeed's: your own rules and presets, then the model's plan, then
-    heuristics on module names.
+    It is None where DeepSpeed takes the model's plan as it is. Your own rules and
+    presets come first, then that plan. Of a plan that DeepSpeed knows only in part, or
+    of usual names, rules are made for the blocks that can be sharded completely;
+    DeepSpeed's own heuristics guess, and would shard others.
 
     Raises:
-        PlanError: the model's plan uses a style that DeepSpeed does not know.
+        PlanError: no block can be sharded.
     """
     own, preset = config.partition_config, config.tp_preset
+    if preset and own and own.get("use_default_specs", True):
+        return f"partition_config on top of tp_preset={preset!r}", own
     if own or preset:
-        chosen = TPTrainingConfig(partition_config=own, preset_model=preset)
-        rules = chosen.get_partition_config_object().layer_specs
-        if own is None:
-            return f"tp_preset={preset!r}", rules
-        if preset and own.get("use_default_specs", True):
-            return f"partition_config on top of tp_preset={preset!r}", rules
-        return "partition_config", rules
-    if not model.tp_plan:
-        return "DeepSpeed's heuristics", None
-    try:
-        return PUBLISHED, TPPlanConverter.convert(model.tp_plan)
-    except ValueError as error:
-        styles = ", ".join(sorted(set(model.tp_plan.values())))
+        return "partition_config" if own else f"tp_preset={preset!r}", own
+    published = model.tp_plan or {}
+    styles = derived_styles(model)
+    if set(published.values()) <= SUPPORTED_STYLES and is_all_sharded(model, styles):
+        return PUBLISHED, None
+    if not styles:
         raise PlanError(
-            f"the tp_plan of {type(model).__name__} must use styles that DeepSpeed "
-            f"knows, but has {styles}; try a tp_preset, or rules of your own in "
-            "partition_config"
-        ) from error
+            f"{type(model).__name__} must have layers that DeepSpeed can shard, by a "
+            f"tp_plan or by their names, but its plan has "
+            f"{', '.join(sorted(set(published.values()))) or 'none'}; try a tp_preset, "
+            "rules of your own in partition_config, or tp_size=1"
+        )
+    specs = [
+        {"patterns": [rf"^{re.escape(name)}\.weight$"], **SPECS[style]}
+        for name, style in styles.items()
+    ]
+    return DERIVED, {"use_default_specs": False, "layer_specs": specs}
+
+
+def derived_styles(model: nn.Module) -> dict[str, str]:
+    """The style of each module in a block that DeepSpeed can shard completely."""
+    return blocks.shardable(model, SPECS.keys())
+
+
+def is_all_sharded(model: nn.Module, styles: dict[str, str]) -> bool:
+    """Whether the blocks that can be sharded are all that the model's plan names."""
+    named = {
+        name
+        for name, module in model.named_modules()
+        if blocks.pattern_of(name) in model.tp_plan
+        and module not in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    return bool(named) and named <= styles.keys()
+
+
+def layer_specs(model: nn.Module, config: TrainConfig, rules: dict | None) -> list:
+    """The rules as DeepSpeed's objects, presets among them."""
+    if rules is None and not config.tp_preset:
+        return TPPlanConverter.convert(model.tp_plan)
+    chosen = TPTrainingConfig(partition_config=rules, preset_model=config.tp_preset)
+    return chosen.get_partition_config_object().layer_specs
 
 
 def describe(source: str, config: TrainConfig) -> str:
@@ -57,22 +94,23 @@ def describe(source: str, config: TrainConfig) -> str:
     return f"sharded by {source}; vocabulary {vocabulary}"
 
 
-def check(model: nn.Module, config: TrainConfig) -> str:
+def check(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
     """Find, on an empty model, rules that match nothing or shard half of a pair.
 
     Returns:
-        The source of the rules; at tp_size 1 there is nothing to shard.
+        What ``find_rules`` does; at tp_size 1 there is nothing to shard.
 
     Raises:
         PlanError: names the rule or the module.
     """
     if config.tp_size == 1:
-        return PUBLISHED
-    source, rules = find_rules(model, config)
+        return PUBLISHED, None
+    source, given = find_rules(model, config)
     if config.vocab_parallel_lm_head:
         check_vocabulary_can_be_sharded(model)
-    if rules is None:
-        return source
+    if source == DERIVED:
+        return source, given
+    rules = layer_specs(model, config, given)
     weights = {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -82,32 +120,36 @@ def check(model: nn.Module, config: TrainConfig) -> str:
         check_every_rule_matches(source, rules, weights)
     found = match(rules, weights, model.config.model_type)
     check_vocabulary(source, found, model, config)
-    blocks: dict[str, dict] = {}
+    parts: dict[str, dict] = {}
     for weight, module in weights.items():
         if (
             isinstance(module, nn.Linear)
             and module is not model.get_output_embeddings()
         ):
             parent, _, name = weight.removesuffix(".weight").rpartition(".")
-            blocks.setdefault(parent, {})[name] = (found.get(weight), module)
-    if not any(
-        is_sharded(rule) for block in blocks.values() for rule, _ in block.values()
-    ):
-        raise PlanError(f"{source} must shard at least one layer, but shards none")
-    for name, block in blocks.items():
+            parts.setdefault(parent, {})[name] = (found.get(weight), module)
+    if not any(is_sharded(r) for block in parts.values() for r, _ in block.values()):
+        raise PlanError(
+            f"{source} must shard at least one layer, but shards none; try tp_size=1"
+        )
+    for name, block in parts.items():
         check_block(source, name, block, model.config)
-    return source
+    return source, given
 
 
 def check_vocabulary_can_be_sharded(model: nn.Module) -> None:
     """DeepSpeed replaces only plain embeddings and heads, and the standard loss."""
+    head = model.get_output_embeddings()
     try:
         VocabParallelEmbedding.validate_embedding(model.get_input_embeddings())
         validate_vocab_parallel_loss(model)
+        if not any(m is head and n.endswith(HEADS) for n, m in model.named_modules()):
+            raise ValueError("whose head has another name than lm_head")
     except (ValueError, NotImplementedError) as error:
         raise PlanError(
-            f"vocab_parallel_lm_head=True cannot be combined with "
-            f"{type(model).__name__} ({error}); try vocab_parallel_lm_head=False"
+            "vocab_parallel_lm_head=True must be left to models whose vocabulary "
+            f"DeepSpeed can shard, which {type(model).__name__} is not "
+            f"({first_line(error)}); try vocab_parallel_lm_head=False"
         ) from error
 
 
