@@ -18,6 +18,7 @@ from tp2d_lib.model import PlanError, attention
 
 VARIANT = ("padded", 1, "sgd")
 STEPS = 2
+KEPT = ("tp_size", "dp_size", "weight_decay")  # the reference has them, too
 SENTENCE = r"[^\n]+ must [^\n]+; try [^\n]+"
 
 
@@ -78,7 +79,7 @@ def accept(engine: str, folder: Path, tp_size: int, dp_size: int):
         if not re.fullmatch(SENTENCE, said):
             return None, f"not a sentence: {said}"
         found = re.search(r"; .*try (?:\w+ )*(\w+)=(\w+)$", said)
-        if setting or not found or found[1] in ("tp_size", "weight_decay"):
+        if setting or not found or found[1] in KEPT:
             break
         setting = f"{found[1]}={found[2]}"
         config = replace(config, **{found[1]: literal_eval(found[2])})

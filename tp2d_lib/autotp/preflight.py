@@ -41,6 +41,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     check_precision(config)
     model, _ = preflight.check(config, "autotp", plan)
     check_decay(model, config)
+    check_experts(model, config)
     if start := checkpoint.start_of(config):
         stored = json.loads((store.path(start) / universal.LAYOUT_FILE).read_text())
         universal.check(stored, config, start)
@@ -59,6 +60,15 @@ def check_decay(model: nn.Module, config: TrainConfig) -> None:
             f"weight_decay={config.weight_decay} must be 0 for {type(model).__name__}, "
             f"of which {names[0]!r} gets no gradient, but would decay; "
             "try weight_decay=0.0"
+        )
+
+
+def check_experts(model: nn.Module, config: TrainConfig) -> None:
+    """DeepSpeed sums over dp what has a gradient, which must be the same on all ranks."""
+    if getattr(model.config, "zero_expert_num", 0) and config.dp_size > 1:
+        raise ConfigError(
+            f"dp_size={config.dp_size} must be 1 for {type(model).__name__}, whose "
+            "experts may get no token on one of the dp ranks; try dp_size=1"
         )
 
 
