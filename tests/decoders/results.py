@@ -78,6 +78,14 @@ def write_page(results: dict[str, Result]) -> None:
         if result.unbuilt:
             cells[0] = "not tried: not made tiny"
         lines.append([name, result.model, *cells])
+    equal = [
+        sum(
+            result.cells.get(cell, "").startswith("equal")
+            for result in results.values()
+        )
+        for cell in CELLS
+    ]
+    lines.insert(2, [f"{len(results)} families, *equal*:", "", *map(str, equal)])
     table = "".join(f"| {' | '.join(clean(c) for c in line)} |\n" for line in lines)
     PAGE.write_text(INTRODUCTION.format(**versions) + table)
 

@@ -64,7 +64,7 @@ def check_decay(model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_experts(model: nn.Module, config: TrainConfig) -> None:
-    """DeepSpeed sums over dp what has a gradient, which must be the same on all ranks."""
+    """DeepSpeed sums what has a gradient, which must be the same on all dp ranks."""
     if getattr(model.config, "zero_expert_num", 0) and config.dp_size > 1:
         raise ConfigError(
             f"dp_size={config.dp_size} must be 1 for {type(model).__name__}, whose "
