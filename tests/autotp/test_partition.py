@@ -59,7 +59,7 @@ SAID = {
     "preset": "tp_preset='llama'",
     "rules for some": "partition_config",
     "rules on top of a preset": "partition_config on top of tp_preset='llama'",
-    "blocks": "the blocks that can be sharded completely",
+    "blocks": "rules for the blocks that can be sharded completely",
 }
 
 
@@ -133,7 +133,7 @@ def test_precedence_rules_then_plan_then_names(models, pools, tmp_path):
     assert kinds["lm_head"][0] == "Linear"
     assert kinds[attention] == ("Linear", (64, 64))  # it counts on all heads
     assert kinds[mlp] == ("LinearLayer", (48, 64))
-    assert "sharded by the blocks that can be sharded completely" in notice
+    assert "sharded by rules for the blocks that can be sharded" in notice
 
 
 def test_vocabulary_tied_and_untied(models, pools, tmp_path):

@@ -31,9 +31,10 @@ from tests.support.parity import make_steps, share_of
 from tp2d_lib import fsdp
 from tp2d_lib.config import ConfigError
 from tp2d_lib.fsdp.local import equivalent, on_local_shards
-from tp2d_lib.fsdp.plan import tensor_parallel_plan
-from tp2d_lib.fsdp.whole import ComputeWhole
+from tp2d_lib.fsdp.plan import STYLES, tensor_parallel_plan
+from tp2d_lib.fsdp.whole import ComputeWhole, describe
 from tp2d_lib.model import PlanError
+from tp2d_lib.model.blocks import shardable
 
 SIZES = {
     "vocab_size": 64,
@@ -98,6 +99,8 @@ def test_what_has_no_style_is_left_whole(kind, sharded, left):
     assert f"model.layers.*.{sharded}" in plan
     assert f"model.layers.*.{left}" not in plan
     assert whole_in(plan) == ["model.layers.0", "model.layers.1", "model"]
+    said = describe(model, shardable(model, STYLES))
+    assert f"; each tp rank computes model.layers.*.{left}" in said
 
 
 def test_layers_of_one_name_may_differ():

@@ -17,7 +17,7 @@ HEADS = ("lm_head", "embed_out")  # names that DeepSpeed knows
 # Their fused weights store query, key and value head by head: shard plain columns.
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
 PUBLISHED = "the model's tp_plan"  # rules that the user did not choose
-DERIVED = "the blocks that can be sharded completely"
+DERIVED = "rules for the blocks that can be sharded completely"
 SPECS = {  # of a module's style in a plan
     "colwise": {"partition_type": "column"},
     "rowwise": {"partition_type": "row"},

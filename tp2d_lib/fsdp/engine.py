@@ -28,11 +28,13 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
 from tp2d_lib.fsdp.optimizer import global_grad_norm
-from tp2d_lib.fsdp.plan import parallelize
+from tp2d_lib.fsdp.plan import STYLES, parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
+from tp2d_lib.fsdp.whole import describe
 from tp2d_lib.mesh import build_mesh, split_dp
 from tp2d_lib.model import determinism, exports, weights
 from tp2d_lib.model.attention import attend_causally, model_inputs
+from tp2d_lib.model.blocks import shardable
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 from tp2d_lib.model.loss import regularize
@@ -121,6 +123,7 @@ def build_engine(
     attend_causally(model, config)
     models.checkpoint_activations(model, config)
     split = split_dp(mesh, config.dp_replicate_size)
+    left = describe(model, shardable(model, STYLES)) * (config.tp_size > 1)
     model = parallelize(model, split, gathered, stream)
     if not config.reshard_after_forward:
         model.set_reshard_after_forward(False)
@@ -136,7 +139,7 @@ def build_engine(
     optimizer = build_optimizer(model, config, fused_sgd=False)
     engine = FSDPEngine(model, optimizer, mesh, config, device, train_step)
     if config.tp_size > 1 and not stream.is_shard():
-        engine.notice += "; each tp rank has all positions between blocks"
+        engine.notice += f"; each tp rank has all positions between blocks{left}"
     return engine
 
 

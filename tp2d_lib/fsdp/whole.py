@@ -28,22 +28,27 @@ def keys_of(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
     return {k: p if len(kinds[p]) == 1 else k for k, p in patterns.items()}
 
 
-def parts_left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
-    """The layers and the model around them, if a parameter in them has no style.
-
-    Embedding, head and norms have theirs. The list is empty, or begins with the layers.
-
-    Raises:
-        PlanError: names a parameter outside of the model that the head works on.
-    """
+def left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
+    """Parameters without a style, by name; embedding, head and norms have theirs."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    decoder = decoder_of(model)
-    base = next(name for name, part in model.named_children() if part is decoder)
     left = []
     for name, _ in model.named_parameters():
         module = model.get_submodule(parent(name))
         if parent(name) not in styles and module not in ends and not is_norm(module):
             left.append(name)
+    return left
+
+
+def parts_left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
+    """The layers and the model around them, if a parameter in them has no style.
+
+    The list is empty, or begins with the layers.
+
+    Raises:
+        PlanError: names a parameter outside of the model that the head works on.
+    """
+    decoder, left = decoder_of(model), left_whole(model, styles)
+    base = next(name for name, part in model.named_children() if part is decoder)
     for name in left:
         if not name.startswith(f"{base}."):
             raise PlanError(
@@ -53,6 +58,14 @@ def parts_left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
     layers = [*decoder_layers(model)]
     each = [name for name, module in model.named_modules() if module in layers]
     return [*each, base] if left else []
+
+
+def describe(model: nn.Module, styles: dict[str, str]) -> str:
+    """For the log: what tp does not share out; nothing if it shares out all."""
+    modules = dict.fromkeys(pattern_of(parent(n)) for n in left_whole(model, styles))
+    first, more = list(modules)[:3], len(modules) - 3
+    names = ", ".join(first) + f" and {more} more" * (more > 0)
+    return f"; each tp rank computes {names} in full" * bool(modules)
 
 
 class ComputeWhole(ParallelStyle):
