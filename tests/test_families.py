@@ -1,6 +1,7 @@
-"""Each model family on both engines: parity with one process, or a clear error.
+"""The families that people train today, on both engines: parity with one process.
 
-The table in README.md is what is observed here; ``TP2D_WRITE_README=1`` writes it.
+The table in README.md is what is observed here; ``TP2D_WRITE_README=1`` writes it. For
+every decoder of transformers see tests/decoders.
 """
 
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.decoders import tiny
 from tests.support import parity, reference
 from tests.support.models import write_model
 from tests.support.parity import (
@@ -23,7 +25,7 @@ from tests.support.parity import (
     make_steps,
     share_of,
 )
-from tests.support.rules import ATTENTION, FUSED, GATE_UP, ONLY_MLP, ROWS_RULE, rules
+from tests.support.rules import FUSED
 from tp2d_lib.config import ConfigError
 from tp2d_lib.model import PlanError, attention
 
@@ -34,33 +36,18 @@ VARIANT = ("padded", 2, "sgd")
 ATOL = 1e-4
 
 EQUAL = "equal"
-EXPERTS = "refused: experts"
-NO_PLAN = "refused: no plan of its own"
-REASONS = {  # words of an error -> what the table says
-    "moe_tp_experts": "experts",
-    "must publish a tp_plan": "no plan of its own",
-}
-# Settings for AutoTP where it refuses the default.
-REPLICATED_VOCABULARY = {"vocab_parallel_lm_head": False}
-HALF_FUSED = rules(ATTENTION, GATE_UP, ROWS_RULE)
-FAMILIES = {  # its model in support/models.py, what FSDP2 and AutoTP must do with it
-    "Qwen2": ("qwen2-tied", EQUAL, EQUAL),
-    "Qwen3": ("qwen3", EQUAL, EQUAL),
-    "Llama": ("llama", EQUAL, EQUAL),
+FAMILIES = {  # its text model's type, and what FSDP2 and AutoTP must do with it
+    "Qwen 2.5": ("qwen2", EQUAL, EQUAL),
+    "Qwen 3": ("qwen3", EQUAL, EQUAL),
+    "Llama 3": ("llama", EQUAL, EQUAL),
+    "Gemma 3 (text)": ("gemma3_text", EQUAL, EQUAL),
+    "Gemma 4 (text)": ("gemma4_text", EQUAL, {"vocab_parallel_lm_head": False}),
     "Mistral": ("mistral", EQUAL, EQUAL),
-    "Mixtral": ("mixtral", EXPERTS, EXPERTS),
-    "Gemma": ("gemma", EQUAL, REPLICATED_VOCABULARY),
-    "Gemma 2": ("gemma2", EQUAL, REPLICATED_VOCABULARY),
-    "Gemma 3 (text)": ("gemma3", EQUAL, EQUAL),
-    "Phi-3": ("phi3", EQUAL, {"partition_config": FUSED}),
-    "Granite": ("granite", EQUAL, EQUAL),
+    "Ministral 3": ("ministral3", EQUAL, EQUAL),
+    "Phi-3, Phi-4": ("phi3", EQUAL, {"partition_config": FUSED}),
+    "OLMo 3": ("olmo3", EQUAL, EQUAL),
     "SmolLM3": ("smollm3", EQUAL, EQUAL),
-    "OLMo 2": ("olmo2", EQUAL, {"partition_config": ONLY_MLP}),
-    "StarCoder2": ("starcoder2", EQUAL, EQUAL),
-    "Cohere": ("cohere", EQUAL, EQUAL),
-    "GLM-4": ("glm4", EQUAL, {"partition_config": HALF_FUSED}),
-    "StableLM": ("stablelm", NO_PLAN, EQUAL),
-    "GPT-NeoX": ("gpt-neox", EQUAL, EQUAL),
+    "GLM-4": ("glm4", EQUAL, EQUAL),
 }
 
 
@@ -89,15 +76,6 @@ def accepted(engine: str, config, expected: str | dict) -> tuple:
     config = replace(config, **expected)
     check(config)
     return config, cell_of(expected)
-
-
-def refusal(said: str) -> str:
-    assert re.fullmatch(".+ must .+; try .+", said), "a rule and a way out, in one line"
-    return f"refused: {reason(said)}"
-
-
-def reason(said: str) -> str:
-    return next((why for words, why in REASONS.items() if re.search(words, said)), said)
 
 
 def train(engine, config):
@@ -135,7 +113,7 @@ def check_equal(answers: list, config) -> None:
         apart = (exported[key] - weight).abs().max()
         assert apart <= ATOL, f"{key} is {apart} from one process"
         moved = (weight - decay * before[key]).abs().max()
-        assert moved > 5 * ATOL, f"{key} moves too little to be compared: {moved}"
+        assert moved > 4 * ATOL, f"{key} moves too little to be compared: {moved}"
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +124,9 @@ def observe(pools, tmp_path_factory):
     @cache
     def observe(family: str, engine: str) -> str:
         name = FAMILIES[family][0]
-        path = write_model(name, folder, initializer_range=0.2)  # attention matters
+        tiny.write(name, folder / name)
         default = make_config(
-            path,
+            str(folder / name),
             str(folder),
             2,
             2,
@@ -156,13 +134,10 @@ def observe(pools, tmp_path_factory):
             export_to=str(folder / engine / name),
             loss_chunk_tokens=24,  # of 64, so the last chunk is smaller
         )
-        try:
-            config, cell = accepted(engine, default, expected_of(family, engine))
-        except (ConfigError, PlanError) as error:
-            return refusal(str(error))
+        config, cell = accepted(engine, default, expected_of(family, engine))
         answers = pools(4, engine).run(train, engine, config)
         if isinstance(answers[0], str):
-            return f"fails in the workers: {reason(answers[0])}"
+            return f"fails in the workers: {answers[0]}"
         check_equal(answers, config)
         return cell
 
@@ -171,7 +146,7 @@ def observe(pools, tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_family_equals_one_process_or_is_refused(engine, family, observe):
+def test_family_equals_one_process(engine, family, observe):
     assert observe(family, engine) == cell_of(expected_of(family, engine))
 
 

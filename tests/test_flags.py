@@ -77,7 +77,7 @@ SEEN_BY = {
     "activation_checkpointing": "test_flags:test_settings_that_save_memory_save_it",
     "reshard_after_forward": "test_options:test_fewer_bytes_for_the_same_steps",
     "sync_each_batch": "test_options:test_fewer_bytes_for_the_same_steps",
-    "loss_chunk_tokens": "test_families:test_family_equals_one_process_or_is_refused",
+    "loss_chunk_tokens": "test_families:test_family_equals_one_process",
     "storage_path": "test_launch:test_same_name_goes_on_where_it_stopped",
     "cache_dir": "data/test_rows:test_second_prepare_reuses_rows",
     "run_name": "test_launch:test_same_name_goes_on_where_it_stopped",
