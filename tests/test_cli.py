@@ -213,6 +213,8 @@ def test_the_first_failure_is_told():
     assert not failures.raised(error)  # a process died
     error.worker_failures = {1: failures.RankFailed("12.5 node-a PlanError: no plan")}
     assert failures.is_permanent(error)
+    error.worker_failures = {1: TimeoutError()}  # of a thread that writes
+    assert failures.first(error) == "rank 1: TimeoutError: "
     argv = ["--tp_size", "2", "--run_name", "mine", "--resume_from=old"]
     assert cli.without(argv, ("--run_name", "--resume_from")) == argv[:2]
 

@@ -52,11 +52,8 @@ def on_rank(
         with beating(config), prints.shown(driver.notify):
             train_func(config)
     except Exception as error:
-        sentence = (str(error).strip().splitlines() or [""])[0]
         host = socket.gethostname()
-        raise RankFailed(
-            f"{time.time():.3f} {host} {type(error).__name__}: {sentence}"
-        ) from error
+        raise RankFailed(f"{time.time():.3f} {host} {named(error)}") from error
     finally:
         driver.flush()
 
@@ -70,11 +67,13 @@ def first(error: Exception) -> str:
         if found := report_of(failure):
             when, host, what = found
             failures.append((float(when), f"rank {rank} on {host}: {what}"))
-        else:  # it died before it could report
-            what = str(failure).strip().splitlines()[0]
-            failures.append((0.0, f"rank {rank}: {type(failure).__name__}: {what}"))
-    if failures:
-        return min(failures)[1]
+        else:  # it died before it could report, or a thread of Ray's failed
+            failures.append((0.0, f"rank {rank}: {named(failure)}"))
+    return min(failures)[1] if failures else named(error)
+
+
+def named(error: Exception) -> str:
+    """Its type and the first line of what it says, which may be nothing."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
