@@ -82,6 +82,7 @@ def run(
     metrics.close()
     if config.export_to and step == total:
         driver.notify(engine.export(config.export_to))
+        driver.flush()
 
 
 class SaveSchedule:

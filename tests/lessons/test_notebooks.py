@@ -518,3 +518,4 @@ def test_what_a_command_leaves(again):
     assert len(answer["generated_text"]) > len("The")
     exported = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert exported.num_parameters() == 1_058_496
+    assert f"exported to {folder / 'model'} in float32" in out

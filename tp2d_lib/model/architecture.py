@@ -46,12 +46,13 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
             f"config.json calls {whole.model_type!r}; try 'Qwen/Qwen2.5-0.5B'"
         )
     for each in (whole, text):
-        if quantized := getattr(each, "quantization_config", None):
+        if found := getattr(each, "quantization_config", None):
+            method = found.get("quant_method") if isinstance(found, dict) else found
             raise ConfigError(
                 f"model_name={name!r} must hold weights in floating-point types of 16 "
                 "bits or more, but its config.json has a quantization_config, of "
-                f"{quantized.get('quant_method', 'an unnamed method')!r}; try the "
-                "unquantized model, or delete that key if the weights are not quantized"
+                f"{method!r}; try the unquantized model, or delete that key if the "
+                "weights are not quantized"
             )
     return text
 
