@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from tp2d_lib.fsdp.local import shard
-from tp2d_lib.model import PlanError, decoder_layers, decoder_of
+from tp2d_lib.model import PlanError, decoder_layers
 from tp2d_lib.model.blocks import is_norm, pattern_of
 
 
@@ -40,24 +40,25 @@ def left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
 
 
 def parts_left_whole(model: nn.Module, styles: dict[str, str]) -> list[str]:
-    """The layers and the model around them, if a parameter in them has no style.
+    """The layers and the parts around them, if a parameter in them has no style.
 
     The list is empty, or begins with the layers.
 
     Raises:
-        PlanError: names a parameter outside of the model that the head works on.
+        PlanError: names a parameter that is in no part of the model.
     """
-    decoder, left = decoder_of(model), left_whole(model, styles)
-    base = next(name for name, part in model.named_children() if part is decoder)
+    left = left_whole(model, styles)
     for name in left:
-        if not name.startswith(f"{base}."):
+        if not parent(name):
             raise PlanError(
-                f"the plan must cover every parameter, but leaves {name!r} beside the "
-                "head; try tp_size=1"
+                f"the plan must cover every parameter, but leaves {name!r}; try "
+                "tp_size=1"
             )
     layers = [*decoder_layers(model)]
     each = [name for name, module in model.named_modules() if module in layers]
-    return [*each, base] if left else []
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = [name for name, part in model.named_children() if part not in ends]
+    return [*each, *parts] if left else []
 
 
 def describe(model: nn.Module, styles: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Set
 
 from torch import nn
@@ -12,7 +13,10 @@ COLUMNS = {
     *("q_proj", "k_proj", "v_proj"),
     *("gate_proj", "up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h"),
 }
-ROWS = {"o_proj", "out_proj", "down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"}
+ROWS = {
+    *("o_proj", "out_proj", "Wo"),
+    *("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"),
+}
 ATTENTION = {"q_proj", "k_proj", "v_proj"}
 ANY_HEADS = "-1, self.head_dim"  # attention that works on the heads that it is given
 
@@ -44,10 +48,13 @@ def shardable(model: nn.Module, known: Set[str]) -> dict[str, str]:
     for name, block in model.named_modules():
         if name not in blocks and (found := styles_by_name(block)):
             blocks[name] = {f"{name}.{part}": style for part, style in found.items()}
-    kept = {}
+    named = model.named_parameters(remove_duplicate=False)
+    kept, users = {}, Counter(parameter for _, parameter in named)
     for name, found in blocks.items():
         block = model.get_submodule(name)
-        if not getattr(block, "activation_sparsity", 0):  # Gemma 3n: of all features
+        shared = any(users[parameter] > 1 for parameter in block.parameters())
+        sparse = getattr(block, "activation_sparsity", 0)  # Gemma 3n: of all features
+        if not shared and not sparse:
             kept |= complete(name, block, styles | found, known)
     return kept
 
@@ -61,7 +68,8 @@ def styles_by_name(block: nn.Module) -> dict[str, str]:
     into = linear[min(rows)].in_features
     if columns == ATTENTION:
         forward = inspect.getsource(inspect.unwrap(type(block).forward))
-        fits = linear["q_proj"].out_features == into and ANY_HEADS in forward
+        counts = ANY_HEADS not in forward or "self.num_heads" in forward
+        fits = linear["q_proj"].out_features == into and not counts
     else:
         fits = all(linear[name].out_features == into for name in columns)
         fits = fits and not columns & ATTENTION
