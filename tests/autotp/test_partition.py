@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.decoders import tiny
 from tests.support.autotp import STAGES, make_config, train
 from tests.support.models import write_model
 from tests.support.parity import assert_weights_equal, train_references
@@ -24,6 +25,7 @@ from tests.support.rules import (
 from tp2d_lib import autotp
 from tp2d_lib import model as models_of
 from tp2d_lib.autotp import partition
+from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.config import ConfigError
 from tp2d_lib.model import PlanError
 
@@ -229,6 +231,33 @@ def test_presets_that_do_not_fit_are_refused(models, tmp_path):
         autotp.check(replace(config, tp_preset="phi3"))  # fewer key-value heads
     with pytest.raises(PlanError, match=r"layers that DeepSpeed can .* tp_preset"):
         autotp.check(config)  # its own plan
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gpt2", "GPT2LMHeadModel must have layers that DeepSpeed can shard"),
+        ("zamba", "ZambaForCausalLM must have layers that"),  # they share blocks
+        ("bart", "must be a decoder whose loss can count the tokens"),
+        ("deepseek_v32", r"weight_decay=0.01 must be 0 .*indexer.* weight_decay=0.0"),
+        ("longcat_flash", "dp_size=2 must be 1 for LongcatFlashForCausalLM"),
+    ],
+)
+def test_decoders_that_would_fail_in_the_workers(name, sentence, tmp_path):
+    tiny.write(name, tmp_path / "model")
+    path = str(tmp_path / "model")
+    config = make_config(path, str(tmp_path), 2, 2, 1, VARIANTS[0])
+    with pytest.raises((ConfigError, PlanError), match=sentence):
+        autotp.check(config)
+
+
+def test_what_a_model_freezes_stays_frozen(tmp_path):
+    """from_pretrained trains it, and a router's bias without gradient would decay."""
+    tiny.write("laguna", tmp_path / "model")
+    path = str(tmp_path / "model")
+    model = load_full_model(make_config(path, str(tmp_path), 1, 2, 1, VARIANTS[0]))
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.layers.1.mlp.gate.e_score_correction_bias"]
 
 
 def test_sharding_that_changes_the_numbers_is_refused(models, pools, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -61,6 +62,13 @@ SPECIAL = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 8, "per_layer_config": None},
+    "falcon_h1": {
+        "mamba_chunk_size": 16,
+        "mamba_d_state": 16,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 96},
     "granitemoehybrid": {**LINEAR_THEN_FULL, "mamba_n_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -104,7 +112,7 @@ def decoders() -> dict[str, type]:
 
 def tiny_config(name: str):
     """A configuration with two layers, hidden size 64 and a prime vocabulary."""
-    kind, special = decoders()[name], SPECIAL.get(name, {})
+    kind, special = CONFIG_MAPPING[name], SPECIAL.get(name, {})
     default, settings = kind(), {}
     for key, value in default.to_dict().items():
         if "drop" in key and isinstance(value, float):

@@ -269,3 +269,18 @@ def test_what_all_tp_ranks_compute_drops_out_the_same(pools, tmp_path):
         ConfigError, match=r"Phi3ForCausalLM has dropout where .*'auto'"
     ):
         fsdp.check(replace(config, sequence_parallel="always"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"compile": True}, "compile=True must be left to models of which every block"),
+        ({"sequence_parallel": "always"}, "has blocks that each tp rank computes in"),
+    ],
+)
+def test_what_a_model_with_whole_blocks_cannot_do(settings, sentence, tmp_path):
+    path = write_model("stablelm", tmp_path)
+    config = parity.make_config(path, str(tmp_path), 2, 1, ("packed", 1, "sgd"))
+    fsdp.check(config)
+    with pytest.raises(ConfigError, match=sentence):
+        fsdp.check(replace(config, **settings))

@@ -2,8 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.decoders import tiny
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model.chunks import chunk_tokens
+from tp2d_lib.model.chunks import chunk_tokens, compute_loss_in_chunks
 
 
 def test_many_logits_are_computed_in_chunks(tmp_path):
@@ -24,3 +29,40 @@ def test_many_logits_are_computed_in_chunks(tmp_path):
     assert chunk_tokens(replace(config, dtype="float16"), many) == 0
     assert chunk_tokens(replace(config, loss_chunk_tokens=0), many) == 0
     assert chunk_tokens(replace(config, loss_chunk_tokens=7), few) == 7
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",  # a head of several layers
+        "falcon_h1",  # which scales the decoder's output by an attribute of it
+        "gemma4_text",  # whose forward looks at its inputs
+        "llama4_text",  # get_decoder() returns the whole model
+        "mixtral",  # whose decoder returns more than hidden states
+    ],
+)
+def test_chunks_have_the_gradients_of_the_whole(name, tmp_path):
+    tiny.write(name, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    ids = torch.arange(2 * 16).view(2, 16) * 7 % 500
+    given = {"input_ids": ids, "labels": ids, "use_cache": False}
+    given["num_items_in_batch"] = torch.tensor(30)
+    found = []
+    for chunk in (0, 12):
+        config = TrainConfig(
+            model_name=str(tmp_path),
+            batch_size_per_gpu=2,
+            seq_length=16,
+            loss_chunk_tokens=chunk,
+            device="cpu",
+        )
+        compute_loss_in_chunks(model, config)
+        loss = model(**given).loss
+        loss.backward()
+        named = model.named_parameters()
+        found.append({k: p.grad for k, p in named if p.grad is not None})
+        found[-1]["loss"] = loss.detach()
+        model.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    for key, whole in found[0].items():
+        torch.testing.assert_close(found[1][key], whole, rtol=1e-4, atol=1e-5)

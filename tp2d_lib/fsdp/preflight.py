@@ -7,7 +7,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.fsdp.plan import STYLES, tensor_parallel_plan
-from tp2d_lib.fsdp.whole import parts_left_whole
+from tp2d_lib.fsdp.whole import ComputeWhole, parts_left_whole
 from tp2d_lib.model import PlanError, decoder_layers, headers
 from tp2d_lib.model.attention import needs_no_mask
 from tp2d_lib.model.blocks import shardable
@@ -35,7 +35,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     model, names = preflight.check(config, "fsdp", plan)
     stream = residual_stream(model, config)
     if config.tp_size > 1:
-        tensor_parallel_plan(model, stream)
+        check_plan(tensor_parallel_plan(model, stream), config)
     check_shared(model)
     combined = headers.own_state(model).keys() - names.keys()
     if combined:
@@ -45,6 +45,16 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
             "loads the full model"
         )
     return config
+
+
+def check_plan(plan: dict, config: TrainConfig) -> None:
+    """What is computed in full changes a layer's parameters while it is called."""
+    whole = [name for name, style in plan.items() if isinstance(style, ComputeWhole)]
+    if whole and config.compile:
+        raise ConfigError(
+            "compile=True must be left to models of which every block is sharded over "
+            f"tp, but {whole[0]!r} has others; try compile=False"
+        )
 
 
 def check_shared(model: nn.Module) -> None:
