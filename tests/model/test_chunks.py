@@ -38,6 +38,7 @@ def test_many_logits_are_computed_in_chunks(tmp_path):
         "falcon_h1",  # which scales the decoder's output by an attribute of it
         "gemma4_text",  # whose forward looks at its inputs
         "llama4_text",  # get_decoder() returns the whole model
+        "opt",  # whose head works on a part of its only child
         "mixtral",  # whose decoder returns more than hidden states
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 from deepspeed.module_inject.layers import VocabParallelEmbedding
@@ -63,8 +64,20 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]
 
 
 def derived_styles(model: nn.Module) -> dict[str, str]:
-    """The style of each module in a block that DeepSpeed can shard completely."""
-    return blocks.shardable(model, SPECS.keys())
+    """The style of each module in a block that DeepSpeed can shard completely.
+
+    Autograd refuses to write over a block's output, as Llama 4 does.
+    """
+    styles = blocks.shardable(model, SPECS.keys())
+    around = {name: name.rsplit(".", 2)[0] for name in styles}
+    written = {
+        name
+        for name in set(around.values())
+        if ".add_(" in inspect.getsource(type(model.get_submodule(name)))
+    }
+    return {
+        name: style for name, style in styles.items() if around[name] not in written
+    }
 
 
 def is_all_sharded(model: nn.Module, styles: dict[str, str]) -> bool:
@@ -212,8 +225,8 @@ def check_block(source: str, name: str, block: dict, hf) -> None:
             f"{source} must shard every Linear of {name!r} or none, but leaves "
             f"{', '.join(replicated)} replicated beside {', '.join(sharded)}"
         )
-    if hf.model_type in INTERLEAVED:
-        return
+    if hf.model_type in INTERLEAVED or {"q_proj", "gate_proj"} & block.keys():
+        return  # interleaved, or not fused
     into = block[rows[0]][1].in_features
     for n in sharded:
         columns = block[n][1].out_features

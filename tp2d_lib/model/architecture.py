@@ -113,7 +113,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def decoder_of(model: nn.Module) -> nn.Module:
     """What the head works on: the part of the model that has the layers."""
     layers = decoder_layers(model)
-    return next(part for part in model.children() if layers in [*part.modules()])
+    parts = [model.get_decoder(), *model.children()]  # the first may be the whole model
+    return next(p for p in parts if p is not model and layers in [*p.modules()])
 
 
 def compile_blocks(model: nn.Module, tp_size: int) -> None:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.architecture import decoder_of, device_type
 from tp2d_lib.model.attention import IGNORED
+from tp2d_lib.model.guards import PlanError
 
 MANY = 2**22  # logits on a rank, from which on they are computed in chunks by default
 # Tokens in one of those: enough for a GPU's matrix units, few enough for a CPU's cache.
@@ -94,16 +95,25 @@ def compute_loss_in_chunks(
 
 @contextmanager
 def decoder_returns(model: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """Call the model as if its decoder had returned this."""
-    attributes = vars(decoder_of(model))
+    """Call the model as if its decoder had returned this.
+
+    Raises:
+        PlanError: the model calls something else.
+    """
+    attributes, called = vars(decoder_of(model)), []
     own = attributes.get("forward")  # besides that of its class
-    attributes["forward"] = lambda *_, **__: output
+    attributes["forward"] = lambda *_, **__: called.append(True) or output
     try:
         yield
     finally:
         del attributes["forward"]
         if own is not None:
             attributes["forward"] = own
+    if not called:
+        raise PlanError(
+            "loss_chunk_tokens must be left to models whose head works on their "
+            f"decoder's output, which {type(model).__name__}'s does not; try 0"
+        )
 
 
 class LossInChunks(torch.autograd.Function):
