@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PATIENCE = timedelta(hours=12)  # the ranks' own group would give up in minutes
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,14 @@ class Coordinate:
     rank: int
     dp_rank: int
     tp_rank: int
+
+
+def patient_group() -> dist.ProcessGroup:
+    """All ranks in another group, on CPUs, for what may take hours: to load, to write.
+
+    Training must not share one with threads.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def layout(dp_size: int, tp_size: int) -> torch.Tensor:

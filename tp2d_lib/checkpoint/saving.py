@@ -17,6 +17,7 @@ from tp2d_lib.checkpoint import lease, manifest, resume
 from tp2d_lib.checkpoint.manifest import STATE_FILE, CheckpointError, NotFetchedError
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import take_written
+from tp2d_lib.mesh import patient_group
 from tp2d_lib.model import identity
 
 WRITING = threading.Lock()
@@ -96,10 +97,7 @@ def errors_explained(folder: manifest.Folder) -> Iterator[None]:
         raise cause from error
 
 
-@cache
-def group_of_writers() -> dist.ProcessGroup:
-    """A group of all ranks that training does not share with threads that write."""
-    return dist.new_group(backend="gloo")
+group_of_writers = cache(patient_group)
 
 
 def restore(engine, config: TrainConfig, notify: Callable[[str], None]) -> dict:

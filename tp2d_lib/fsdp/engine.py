@@ -31,7 +31,7 @@ from tp2d_lib.fsdp.optimizer import global_grad_norm
 from tp2d_lib.fsdp.plan import STYLES, parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.fsdp.whole import describe
-from tp2d_lib.mesh import build_mesh, split_dp
+from tp2d_lib.mesh import build_mesh, patient_group, split_dp
 from tp2d_lib.model import determinism, exports, weights
 from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.blocks import shardable
@@ -156,8 +156,7 @@ class FSDPEngine:
         self.gradients_checked = False
         self.writing: Future | None = None
         if config.async_checkpoint:
-            # Training must not share a group with the threads that write.
-            self.writers = dist.new_group(backend="gloo")
+            self.writers = patient_group()
             self.stager = copying_stager(device)
 
     def set_communication(self, is_last: bool) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,14 +13,13 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
-from tp2d_lib.mesh import is_first_on_node, made_by_nodes
+from tp2d_lib.mesh import is_first_on_node, made_by_nodes, patient_group
 from tp2d_lib.model.hub import errors_explained, refused
 
 SINGLE = constants.SAFETENSORS_SINGLE_FILE
 INDEX = constants.SAFETENSORS_INDEX_FILE
 ADAPTER = "adapter_config.json"  # PEFT's
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # configuration and tokenizer
-PATIENCE = timedelta(hours=12)  # the ranks' own group would give up in minutes
 
 
 def model_directory(config: TrainConfig) -> Path:
@@ -36,7 +34,7 @@ def model_directory(config: TrainConfig) -> Path:
     if os.path.isabs(config.model_name) or not dist.is_initialized():
         return local_directory(config)  # a folder: every rank knows, and none waits
     folder = error = None
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = patient_group()
     if is_first_on_node():
         try:
             folder = local_directory(config)
