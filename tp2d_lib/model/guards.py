@@ -88,10 +88,12 @@ def longest_sequence(hf: PretrainedConfig) -> int | None:
     the model was trained with at first; ``config.json`` may still have the old limit.
     """
     limit = getattr(hf, "max_position_embeddings", None)
+    if limit is None or limit < 0:  # as XLNet says it
+        return None
     scaling = getattr(hf, "rope_parameters", None) or {}
     first = scaling.get("original_max_position_embeddings") or limit
     factor = scaling.get("factor")
-    return max(limit, int(first * factor)) if limit and factor else limit
+    return max(limit, int(first * factor)) if factor else limit
 
 
 def check_loss(model: nn.Module, config: TrainConfig) -> None:
