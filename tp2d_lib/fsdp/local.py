@@ -42,7 +42,7 @@ def on_local_shards(plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
 def equivalent(style: ParallelStyle) -> ParallelStyle | None:
     """A style that communicates and returns the same, or None if there is none."""
     kind = type(style)
-    if kind is OnShards:
+    if isinstance(style, OnPlainTensors):
         return style
     if kind is PrepareModuleInput:
         before = style.input_layouts or tuple(style.input_kwarg_layouts.values())
@@ -173,7 +173,11 @@ class GatherColumns(torch.autograd.Function):
         return own.contiguous(), None
 
 
-class OnInput(ParallelStyle):
+class OnPlainTensors(ParallelStyle):
+    """A style of this project, which gives and takes no DTensor."""
+
+
+class OnInput(OnPlainTensors):
     """Communicate the input of a block: an MLP's argument, attention's keyword."""
 
     def __init__(self, communicate: type[torch.autograd.Function]):
@@ -192,7 +196,7 @@ class OnInput(ParallelStyle):
         return module
 
 
-class OnShards(ParallelStyle):
+class OnShards(OnPlainTensors):
     """Compute a module with this rank's shards of its parameters.
 
     Args:
@@ -236,7 +240,7 @@ class OnShards(ParallelStyle):
         return module
 
 
-class OnRows(ParallelStyle):
+class OnRows(OnPlainTensors):
     """Look tokens up in this rank's rows of an embedding; those of others count as 0.
 
     Args:

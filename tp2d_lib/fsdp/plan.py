@@ -62,7 +62,7 @@ def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict
             if style.startswith("colwise"):
                 block = parent(name)
                 plan[keys[block]] = gather_input(model.get_submodule(block), stream)
-    return plan | {name: ComputeWhole() for name in whole}
+    return plan | {name: ComputeWhole() for name in whole}  # last: of what is left
 
 
 def dtensor_style(style: str, stream: Placement) -> ParallelStyle:
@@ -110,10 +110,7 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
     Its layers compute on plain tensors: the same shards and sums in less time.
     """
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    whole = {k: style for k, style in plan.items() if isinstance(style, ComputeWhole)}
-    sharded = {k: style for k, style in plan.items() if k not in whole}
-    parallelize_module(model, mesh, on_local_shards(sharded))
-    parallelize_module(model, mesh, whole)  # what those left
+    parallelize_module(model, mesh, on_local_shards(plan))
     if tied:  # parallelize_module turned one parameter into two
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():

@@ -7,9 +7,8 @@ from collections import defaultdict
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from tp2d_lib.fsdp.local import shard
+from tp2d_lib.fsdp.local import OnPlainTensors, shard
 from tp2d_lib.model import PlanError, decoder_layers
 from tp2d_lib.model.blocks import is_norm, pattern_of
 
@@ -69,7 +68,7 @@ def describe(model: nn.Module, styles: dict[str, str]) -> str:
     return f"; each tp rank computes {names} in full" * bool(modules)
 
 
-class ComputeWhole(ParallelStyle):
+class ComputeWhole(OnPlainTensors):
     """Compute a module's parameters that are not sharded on every tp rank.
 
     Its input and its output, (batch, seq, hidden), are the same everywhere, and so are
