@@ -153,7 +153,8 @@ def test_long_work_is_announced_and_a_finished_run_exports_again(
     last, out = tmp_path / "again" / "checkpoint-000003", capsys.readouterr().out
     assert re.search("restart 1 of 3: rank .*: RuntimeError: the exporter tripped", out)
     assert f"nothing left to train after step 3 of {last}\n" in out
-    assert re.search(f"done: step 3, loss .*, {last}\nexported to {tmp_path}/exp", out)
+    exported = f"exported to {tmp_path}/export in float32\n"
+    assert re.search(f"{exported}done: step 3, loss .*, {last}\n", out)
     assert list(tmp_path.glob("export/model*.safetensors"))
     kept = re.findall(r"(\d+)\.old-\w+\.partial cannot be deleted yet \(.*tr", out)
     assert kept == ["000001", "000002"]

@@ -97,7 +97,8 @@ def train_from_own_seed(config, rows):
 
 def test_tp_ranks_drop_out_the_same(tmp_path, pools):
     """Each holds the whole residual stream, so it must be the same on all of them."""
-    path = write_model("gpt-neox", tmp_path, hidden_dropout=0.2)
+    sizes = {"hidden_dropout": 0.2, "initializer_range": 0.2}
+    path = write_model("gpt-neox", tmp_path, **sizes)
     rows, _, optimizer = VARIANTS[1]
     config = make_config(path, str(tmp_path), 2, 1, 1, VARIANTS[1])
     ranks = pools(2, "autotp-(2, 1)").run(train_from_own_seed, config, rows)

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from tests.decoders import tiny
 from tests.support.models import CONFIGS, FAMILIES, OTHERS, write_model
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model.attention import (
@@ -69,6 +70,12 @@ def test_flash_attention_is_for_packed_documents_on_gpus(settings, fits, tmp_pat
         setattr(model.config, name, 0.1)
         assert not flash_fits(model, TrainConfig(model_name=path, **settings))
         setattr(model.config, name, 0.0)
+
+
+def test_heads_of_several_sizes_do_not_fit(tmp_path):
+    tiny.write("gemma4_text", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not flash_fits(model, TrainConfig(model_name=str(tmp_path), **ON_GPU))
 
 
 def test_rows_without_positions_are_one_document_each():

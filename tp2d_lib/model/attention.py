@@ -93,7 +93,7 @@ def flash_fits(model: nn.Module, config: TrainConfig) -> bool:
     if config.pack != "documents" or device_type(config) != "cuda":
         return False
     hf = model.config
-    if getattr(hf, "per_layer_config", None):  # heads of several sizes
+    if hf.to_dict().get("per_layer_config"):  # heads of several sizes
         return False
     size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     half = pick_dtype(config, "cuda")[0] in (torch.bfloat16, torch.float16)
