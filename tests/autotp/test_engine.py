@@ -55,8 +55,6 @@ def references(models):
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("qwen2-tied", (2, 1)),
-        ("qwen3", (1, 2)),
         *((name, (2, 2)) for name in NAMES),
     ],
     ids=str,
