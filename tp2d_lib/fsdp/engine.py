@@ -171,7 +171,8 @@ class FSDPEngine:
         if not self.gradients_checked:
             group = self.mesh.get_group("tp")
             named = self.replicated().items()
-            gradients = {k: p.grad.to_local() for k, p in named if p.requires_grad}
+            trained = [(k, p.grad) for k, p in named if p.grad is not None]
+            gradients = {k: gradient.to_local() for k, gradient in trained}
             self.gradients_checked = check_replicated_gradients(gradients, group)
 
     def replicated(self) -> dict[str, nn.Parameter]:
