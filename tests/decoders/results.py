@@ -19,8 +19,9 @@ INTRODUCTION = """\
 Every causal decoder of transformers {transformers}, made tiny (two layers, hidden size
 64, a vocabulary of 509) and trained on two ranks of one machine with torch {torch} and
 DeepSpeed {deepspeed}. *equal*: losses, gradient norms and every weight equal those of
-one process. Anything else is refused in the driver, before a worker starts, with the
-sentence quoted. `make test-decoders` makes this page.
+one process, with the setting beside it where the default is refused. Anything else is
+refused in the driver, before a worker starts, with the sentence quoted. What is not
+sharded is computed in full on every tp rank. `make test-decoders` makes this page.
 
 """
 
@@ -76,7 +77,7 @@ def write_page(results: dict[str, Result]) -> None:
     for name, result in results.items():
         cells = [result.cells.get(cell, "") for cell in CELLS]
         if result.unbuilt:
-            cells[0] = "not tried: not made tiny"
+            cells[0] = f"not tried: {result.unbuilt}"
         lines.append([name, result.model, *cells])
     equal = [
         sum(

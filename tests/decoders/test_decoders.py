@@ -19,7 +19,8 @@ GROUPS = [[("fsdp", 1), ("fsdp", 2)], [("autotp", 1)], [("autotp", 2)]]
 
 def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    said = lines[-1] if lines else ""  # of a rank: with the class of its error
+    return (said if ": " in said else f"{type(error).__name__}: {said}")[:300]
 
 
 def observe(groups, name: str, folder, result: Result) -> None:
