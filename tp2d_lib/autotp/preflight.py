@@ -124,12 +124,13 @@ def check_precision(config: TrainConfig) -> None:
     where = device_type(config)
     dtype, _ = pick_dtype(config, where)
     half = dtype in (torch.bfloat16, torch.float16)
-    if config.zero_stage == 0 and half and config.tp_size > 1:
-        # DeepSpeed 0.19.8 mistakes a tp rank's share of the norm for the global norm.
+    if config.zero_stage == 0 and half:
+        # DeepSpeed 0.19.8 decays weights nearly twice, and mistakes a tp rank's share
+        # of the norm for the global norm.
         raise ConfigError(
-            f"zero_stage=0 cannot be combined with {config.dtype} and "
-            f"tp_size={config.tp_size}, because DeepSpeed then clips to a wrong "
-            "gradient norm; try zero_stage=1"
+            f"zero_stage=0 cannot be combined with {dtype}, because DeepSpeed then "
+            "decays weights too much and, with tp, clips to a wrong gradient norm; try "
+            "zero_stage=1"
         )
     if half and config.export_dtype == "float32":
         raise ConfigError(
