@@ -25,9 +25,13 @@ SEEN_BY = {
     "attn_implementation": "test_packing:test_eager_attention_keeps_documents_apart",
     "dataset_name": "data/test_rows:test_other_content_makes_other_rows",
     "dataset_config": "test_flags:test_a_dataset_has_configurations_and_splits",
+    "dataset_revision": "data/test_files:"
+    "test_a_dataset_on_the_hub_is_read_as_documents",
     "dataset_split": "test_flags:test_a_dataset_has_configurations_and_splits",
     "dataset_percentage": "data/test_rows:test_percentage_takes_the_first_documents",
     "text_column": "data/test_rows:test_missing_text_column",
+    "special_tokens_in_text": "data/test_documents:"
+    "test_texts_that_a_template_has_written",
     "seq_length": "data/test_rows:test_packed_rows_are_the_joined_documents",
     "pack": "data/test_rows:test_padded_rows_are_one_document_each",
     "train_on": "data/test_chat:test_only_the_assistant_is_trained_on",
@@ -192,18 +196,19 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
 
 
 def test_so_many_processes_tokenise(config, monkeypatch):
-    """Each writes a file of its own, before the rows are made of them."""
+    """As many as are asked for, but no more than there are cores; in the same order."""
     seen = []
-    lay_out = data.writing.lay_out
+    start = data.tokens.Workers.__init__
 
-    def look(documents, *others):
-        seen.append(len(documents.cache_files))
-        return lay_out(documents, *others)
+    def look(workers, count, given):
+        seen.append(count)
+        start(workers, count, given)
 
-    monkeypatch.setattr(data.writing, "lay_out", look)
+    monkeypatch.setattr(data.tokens.Workers, "__init__", look)
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
     one = data.prepare(config)
     other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
-    two = data.prepare(replace(other, preprocessing_num_workers=2))
+    two = data.prepare(replace(other, preprocessing_num_workers=3))
     assert seen == [1, 2]
     same = (np.load(rows / "input_ids.npy") for rows in (one, two))
     np.testing.assert_array_equal(*same)

@@ -56,14 +56,23 @@ class TrainConfig:
     dataset_config: str | None = setting(
         None, "configuration of a Hub dataset, such as wikitext-2-raw-v1"
     )
+    dataset_revision: str | None = setting(
+        None, "revision of a Hub dataset: branch, tag or commit"
+    )
     dataset_split: str = setting("train", "split of the dataset to train on")
     dataset_percentage: float = setting(
         100.0, "use the first p percent of the documents: train[:p%%]"
     )
     text_column: str | None = setting(
         None,
-        "column that holds text or messages; if omitted, messages, prompt and "
-        "completion, or text",
+        "column that holds text or messages; if omitted, messages or conversations, "
+        "instruction and output, prompt and completion, question and answer, or text",
+    )
+    special_tokens_in_text: str | None = setting(
+        None,
+        "what reads like a special token in a text; parse: is that token; text: stays "
+        "text; if omitted, parse where most texts hold one",
+        ("parse", "text"),
     )
     train_on: str = setting(
         "assistant",
@@ -75,7 +84,7 @@ class TrainConfig:
     pack: str = setting(
         "auto",
         "how documents share rows; documents: none looks into another; stream: all "
-        "joined, no padding; none: one padded row each; auto: stream for text, else "
+        "joined and cut; none: one padded row each; auto: stream for text, else "
         "documents",
         ("auto", "documents", "stream", "none"),
     )

@@ -47,7 +47,8 @@ def held_out(config: TrainConfig) -> Iterator[TrainConfig]:
     if not config.eval_fraction:
         settings |= {"dataset_split": config.eval_split, "dataset_percentage": 100}
     if config.eval_dataset:
-        settings |= {"dataset_name": config.eval_dataset, "dataset_config": None}
+        settings |= {"dataset_name": config.eval_dataset}
+        settings |= {"dataset_config": None, "dataset_revision": None}
     try:
         yield replace(config, **settings)
     except ConfigError as error:

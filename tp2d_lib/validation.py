@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 import os
 import re
@@ -235,15 +236,20 @@ def make_paths_absolute(config: Any) -> None:
         value = getattr(config, name)
         if value is None or "://" in value:
             continue
-        if name in PATHS or os.path.exists(value):
+        if name in PATHS:
             object.__setattr__(config, name, absolute(value))
             continue
-        parts = [part.strip() for part in value.split(",")]  # of several datasets
-        parts = [absolute(part) if is_path(part) else part for part in parts]
+        parts = [absolute(part) if is_path(part) else part for part in several(value)]
         object.__setattr__(config, name, ",".join(parts))
     rules = config.partition_config
     if isinstance(rules, str) and not rules.lstrip().startswith("{"):  # not JSON text
         object.__setattr__(config, "partition_config", absolute(rules))
+
+
+def several(value: str) -> list[str]:
+    """The names in a list with commas; a path or a pattern may have some of its own."""
+    is_one = os.path.exists(value) or glob.glob(os.path.expanduser(value))
+    return [value] if is_one else [part.strip() for part in value.split(",")]
 
 
 def is_path(name: str) -> bool:

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.damage import DAMAGES, flip, truncate
@@ -150,6 +152,20 @@ def test_another_run_is_refused_and_changes_are_told(config, demo_paths):
     ):
         with pytest.raises(ConfigError, match="try another run_name"):
             resume.check(other)
+
+
+def test_rows_are_told_by_what_they_hold(config, tmp_path):
+    """Not by their folder, which a copy has not; also those of the user's own."""
+    write_checkpoint(config, 3)
+    copy = Path(shutil.copytree(config.prepared_data, tmp_path / "a" / "rows"))
+    resume.check(replace(config, prepared_data=str(copy)))
+    own = shutil.copytree(copy, tmp_path / "b" / "rows")
+    (own / "rows.json").unlink()
+    resume.check(replace(config, prepared_data=str(own)))
+    ids = np.load(own / "input_ids.npy")
+    np.save(own / "input_ids.npy", ids[::-1])
+    with pytest.raises(ConfigError, match="other rows"):
+        resume.check(replace(config, prepared_data=str(own)))
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.support.texts import SEQ
+from tests.support.chats import write_chat_model
+from tests.support.texts import SEQ, write_lines
 from tp2d_lib.config import TrainConfig
 
 
@@ -16,3 +17,22 @@ def make(demo_paths, tmp_path):
         "cache_dir": str(tmp_path / "rows"),
     }
     return lambda **settings: TrainConfig(**{**base, **settings})
+
+
+@pytest.fixture
+def chat(make, tmp_path):
+    """``chat(style, documents)``: a configuration of rows of one document each."""
+
+    def build(style: str, documents: list[dict], marked=False, **settings):
+        folder = tmp_path / "chats"
+        write_lines(folder, documents)
+        path = tmp_path / f"{style}{'-marked' * marked}"
+        base = make().model_name
+        model = str(path) if path.exists() else None
+        return make(
+            model_name=model or write_chat_model(base, tmp_path, style, marked),
+            dataset_name=str(folder),
+            **{"pack": "none", "seq_length": 256, **settings},
+        )
+
+    return build

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.test_rows import refuse
-from tests.support.chats import STYLES, write_chat_model
+from tests.support.chats import STYLES, rows_of, trained_parts
 from tests.support.texts import write_lines, write_texts
 from tp2d_lib import data
 
@@ -16,45 +16,6 @@ QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 ANSWER = {"role": "assistant", "content": "It is 4.\n\nAs ever."}
 MORE = [{"role": "user", "content": " Sure? "}, {"role": "assistant", "content": "Yes"}]
 CHATS = [[QUESTION, ANSWER], [QUESTION, ANSWER, *MORE], [QUESTION, ANSWER, *MORE * 3]]
-
-
-@pytest.fixture
-def chat(make, tmp_path):
-    """``chat(style, documents)``: a configuration of rows of one document each."""
-
-    def build(style: str, documents: list[dict], marked=False, **settings):
-        folder = tmp_path / "chats"
-        write_lines(folder, documents)
-        path = tmp_path / f"{style}{'-marked' * marked}"
-        base = make().model_name
-        model = str(path) if path.exists() else None
-        return make(
-            model_name=model or write_chat_model(base, tmp_path, style, marked),
-            dataset_name=str(folder),
-            **{"pack": "none", "seq_length": 256, **settings},
-        )
-
-    return build
-
-
-def rows_of(config) -> list[tuple[list[int], list[bool]]]:
-    """The ids of each row and whether they count, without padding."""
-    rows = data.open_rows(data.prepare(config))
-    return [
-        (rows.input_ids[n, :size].tolist(), rows.loss_mask[n, :size].tolist())
-        for n, size in enumerate(rows.lengths)
-    ]
-
-
-def trained_parts(config) -> list[list[str]]:
-    """The texts that are trained on, in each row."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-    found = []
-    for ids, mask in rows_of(config):
-        cuts = np.flatnonzero(np.diff(np.array(mask, int))) + 1
-        parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
-        found.append([tokenizer.decode(part) for part, mask in parts if mask[0]])
-    return found
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -109,7 +70,7 @@ def test_what_reads_like_a_special_token_is_text(chat, style, marked):
 
 
 def test_a_text_that_reads_like_the_end_token_is_text(make, tmp_path):
-    name = write_texts(tmp_path / "texts", ["one <|endoftext|> two"] * 2)
+    name = write_texts(tmp_path / "texts", ["one <|endoftext|> two", "a", "b"])
     config = make(dataset_name=name, pack="none", seq_length=64)
     ids = np.load(data.prepare(config) / "input_ids.npy")[0].tolist()
     tokenizer = AutoTokenizer.from_pretrained(config.model_name)
@@ -125,12 +86,13 @@ def test_texts_and_pairs_begin_as_the_tokenizer_has_it(chat):
     rows = data.open_rows(data.prepare(config))
     assert rows.input_ids[0, 0] == tokenizer.bos_token_id
     assert rows.loss_mask is None
-    config = chat("llama", [{"prompt": "Q: hi\nA:", "completion": " hello <|eot_id|>"}])
-    ((ids, _),) = rows_of(config)
+    pairs = [(" hello <|eot_id|>", "Q: hi\nA:"), ("b", "a"), ("d", "c")]
+    config = chat("llama", [{"prompt": p, "completion": c} for c, p in pairs])
+    (ids, _), *_ = rows_of(config)
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_tokens_to_ids("<|eot_id|>") not in ids
-    assert trained_parts(config) == [[" hello <|eot_id|><|endoftext|>"]]
+    assert trained_parts(config)[0] == [" hello <|eot_id|><|endoftext|>"]
 
 
 def test_of_a_pair_of_messages_the_completion_is_trained_on(chat):
@@ -203,21 +165,22 @@ def test_a_tokenizer_without_a_template(make, tmp_path):
 def test_a_conversation_that_the_template_refuses(chat):
     documents = [{"messages": CHATS[0]}, {"messages": [QUESTION, QUESTION]}]
     message = refuse(chat("gemma", documents))
-    assert "document 2 (Conversation roles must alternate" in message
-
-
-def test_messages_without_roles(make, tmp_path):
-    turns = [{"from": "human", "value": "hi"}]
-    name = write_lines(tmp_path / "chats", [{"conversations": turns}])
-    message = refuse(make(dataset_name=name))
-    assert "must hold text, or messages with role and content" in message
+    assert "train.jsonl (Conversation roles must alternate" in message
+    assert "but not line 2 of" in message
+    message = refuse(chat("gemma", documents[1:] * 3))
+    assert "but not any of the 3 documents from line 1 of" in message
+    assert message.endswith("try another model's tokenizer and chat template")
 
 
 def test_a_template_that_writes_a_turn_in_another_way(chat):
+    """It begins with how long all is, so that a turn is in two places."""
     config = chat("qwen", [{"messages": CHATS[1]}])
     template = Path(config.model_name, "chat_template.jinja")
-    template.write_text("{{ messages | length }}" + template.read_text())
-    assert "document 1 (it writes a turn in another way once" in refuse(config)
+    size = "{{ messages | map(attribute='content') | join | length }}"
+    template.write_text(size + template.read_text())
+    message = refuse(config)
+    assert "(it writes a turn of the assistant in another way" in message
+    assert data.prepare(replace(config, train_on="all"))  # as the sentence says
 
 
 def test_a_pair_may_have_an_empty_prompt(chat):

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from tests.support.texts import SEQ, sentences, write_lines, write_texts
 from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data.tokens import Tokens
 
 
 def encode(config: TrainConfig, texts: list[str]) -> list[list[int]]:
@@ -27,14 +29,17 @@ def encode(config: TrainConfig, texts: list[str]) -> list[list[int]]:
 
 
 def pack(documents: list[list[int]], seq_length: int) -> list[list[int]]:
-    """Full rows of the joined documents."""
+    """The rows of the joined documents; the last one may be shorter."""
     joined = list(itertools.chain(*documents))
-    starts = range(0, len(joined) - seq_length + 1, seq_length)
+    starts = range(0, len(joined) - 1, seq_length)
     return [joined[start : start + seq_length] for start in starts]
 
 
 def read(directory: Path) -> list[list[int]]:
-    return np.load(directory / "input_ids.npy").tolist()
+    """The rows, without padding."""
+    rows = data.open_rows(directory)
+    found = zip(rows.input_ids, rows.lengths, strict=True)
+    return [ids[:length].tolist() for ids, length in found]
 
 
 def all_rows(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -59,15 +64,18 @@ def test_packed_rows_are_the_joined_documents(make, workers):
     documents = encode(config, [json.loads(line)["text"] for line in lines])
     rows = read(data.prepare(config))
     assert rows == pack(documents, 100)
-    assert 0 < sum(map(len, documents)) - 100 * len(rows) < 100  # a rest, left out
+    assert sum(map(len, rows)) == sum(map(len, documents))
 
 
-def test_packed_rows_are_not_padded(make, tmp_path):
+def test_of_packed_rows_the_last_is_padded(make, tmp_path):
     config = make(dataset_name=write_texts(tmp_path / "texts", sentences(9)))
     batch = all_rows(config)
-    assert torch.equal(batch["labels"], batch["input_ids"])
+    *_, last = read(data.prepare(config))
+    assert torch.equal(batch["labels"][:-1], batch["input_ids"][:-1])
+    assert batch["labels"][-1].tolist() == last + [data.IGNORED] * (SEQ - len(last))
     assert batch["labels"].dtype == torch.int64
-    assert data.valid_tokens([batch]) == len(batch["labels"]) * (SEQ - 1)
+    full = (len(batch["labels"]) - 1) * (SEQ - 1)
+    assert data.valid_tokens([batch]) == full + len(last) - 1
 
 
 @pytest.mark.parametrize("pack", ["stream", "none", "documents"])
@@ -100,12 +108,10 @@ def test_padded_rows_are_one_document_each(make, tmp_path):
 
 
 def test_padded_rows_predict_something(make, monkeypatch):
-    from datasets import Dataset
-
-    documents = [[], [5], [5, 6], [7], [7, 8, 9]]
-    table = {"input_ids": documents, "length": [len(each) for each in documents]}
-    table["left_out"] = [""] * len(documents)
-    monkeypatch.setattr(data.writing, "tokenize", lambda *_: Dataset.from_dict(table))
+    documents = [[5], [5, 6], [7], [7, 8, 9]]
+    ids = np.array(list(itertools.chain(*documents)), np.int32)
+    tokens = Tokens(ids, None, np.array([len(each) for each in documents]), Counter())
+    monkeypatch.setattr(data.writing, "tokenize", lambda *_: tokens)
     batch = all_rows(make(pack="none"))
     real = [[t for t in row if t != data.IGNORED] for row in batch["labels"].tolist()]
     assert real == [[5, 6], [7, 8, 9]]
@@ -201,7 +207,6 @@ def prepare_together(config):
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(config.model_name)  # slow imports, out of the way
-    data.rows.open_source(config)
     tokenize, calls = data.writing.tokenize, []
 
     def slow(*args):
@@ -243,13 +248,17 @@ def test_missing_text_column(make, tmp_path):
 
 
 def test_text_column_without_text(make, tmp_path):
-    name = write_lines(tmp_path / "numbers", [{"text": n} for n in range(9)])
-    assert "text_column='text' must" in refuse(make(dataset_name=name))
+    """All have the same fault, and no other column is recommended."""
+    name = write_lines(tmp_path / "numbers", [{"text": n, "a": "b"} for n in range(9)])
+    message = refuse(make(dataset_name=name))
+    assert "none of the first 9 records can be used: line 1 of " in message
+    assert "holds int in 'text' instead of text" in message
+    assert message.endswith("README.md shows the forms that can")
 
 
 @pytest.mark.parametrize("pack", ["stream", "none", "documents"])
 def test_too_few_tokens_for_a_row(make, tmp_path, pack):
-    texts = ["Few words."] if pack == "stream" else ["", " "]
+    texts = ["", " "]
     name = write_texts(tmp_path / "texts", texts)
     config = make(dataset_name=name, seq_length=512, pack=pack)
     tokens = sum(map(len, encode(config, [text for text in texts if text.strip()])))

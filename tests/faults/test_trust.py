@@ -272,9 +272,9 @@ def test_a_dataset_script_is_not_run(custom, tmp_path):
     config = replace(custom, dataset_name=str(folder))
     with suppress(ConfigError):  # of so few tokens
         data.prepare(config)
-    source = data.sources.open_source(config)
-    assert source.files == [str(folder / "train.jsonl")]
-    assert source.left_out == [str(folder / "rows.py")]
+    found = data.files.open_dataset(config)
+    assert [part.path for part in found.parts] == [str(folder / "train.jsonl")]
+    assert found.left_out == [str(folder / "rows.py")]
     assert "rows" not in sys.modules
     assert not (tmp_path / "marker").exists()
 

@@ -107,6 +107,8 @@ def expected(config, frozen: str) -> tuple[list, list, dict, float | None]:
         loss_of=loss_of(config),
         trains=lambda name: FROZEN[frozen] not in name,
         after_step=after_step,
+        # Masters in bfloat16 lose updates that are small beside a weight.
+        dtype=torch.bfloat16 if config.bf16_master_weights else torch.float32,
     )
     return losses, norms, weights, next(iter(held_out), None)
 

@@ -3,8 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tp2d_lib import data
 
 # What the assistant generates stands between OPEN and CLOSE.
 OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
@@ -85,3 +88,23 @@ def write_chat_model(demo_model: str, folder: Path, style: str, marked=False) ->
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(path)
     return str(path)
+
+
+def rows_of(config) -> list[tuple[list[int], list[bool]]]:
+    """The ids of each row and whether they count, without padding."""
+    rows = data.open_rows(data.prepare(config))
+    return [
+        (rows.input_ids[n, :size].tolist(), rows.loss_mask[n, :size].tolist())
+        for n, size in enumerate(rows.lengths)
+    ]
+
+
+def trained_parts(config) -> list[list[str]]:
+    """The texts that are trained on, in each row."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    found = []
+    for ids, mask in rows_of(config):
+        cuts = np.flatnonzero(np.diff(np.array(mask, int))) + 1
+        parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
+        found.append([tokenizer.decode(part) for part, mask in parts if mask[0]])
+    return found

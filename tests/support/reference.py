@@ -28,6 +28,7 @@ def train(
     loss_of: Callable = summed,
     trains: Callable = lambda name: True,
     after_step: Callable = lambda step, model: None,
+    dtype: torch.dtype = torch.float32,
 ):
     """Losses, gradient norms and final weights, on which rounding has little effect.
 
@@ -37,10 +38,11 @@ def train(
 
     ``steps`` holds, for each optimizer step, a list of micro-batches, each a pair
     ``(input_ids, labels)`` of shape (rows, seq); the rows of all dp ranks are in it.
-    ``trains`` says by its name whether a parameter does.
+    ``trains`` says by its name whether a parameter does; ``dtype`` is that of the
+    weights, of their gradients and of the optimizer.
     """
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).train()
     model.config.use_cache = False  # what training has no use for
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name))

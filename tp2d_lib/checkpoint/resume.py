@@ -11,6 +11,7 @@ from tp2d_lib import store
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.checkpoint.manifest import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data import checks
 from tp2d_lib.model import identity
 
 # Compared first: clearer messages.
@@ -37,7 +38,7 @@ def about(engine: str, config: TrainConfig) -> dict:
         "engine": engine,
         "settings": asdict(config),
         "model": identity.at_start(config),
-        "rows": Path(config.prepared_data).name,
+        "rows": checks.digest(Path(config.prepared_data)),
         "versions": versions(),
     }
 
@@ -102,7 +103,7 @@ def check(config: TrainConfig) -> dict | None:
             raise differs(name, getattr(config, name), start, repr(before))
     if not identity.is_same(stored["model"], config):
         raise differs("model_name", config.model_name, start, "another model")
-    if stored["rows"] != Path(config.prepared_data).name:
+    if stored["rows"] != checks.digest(Path(config.prepared_data)):
         raise differs("prepared_data", config.prepared_data, start, "other rows")
     return stored
 

@@ -1,59 +1,33 @@
-"""Conversations: their tokens, by the tokenizer's template, and which are trained on.
+"""Conversations: their text, by the tokenizer's template, and what is trained on.
 
-Messages are text: what reads like a special token in one of them does not become it.
+What frames the turns in a template cannot be forged: in a message it stays text. Other
+special tokens, such as those around a thought, are what the tokenizer makes of them.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from contextlib import suppress
+from datetime import date
 
-from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.data.documents import Chat
 
-OPEN, CLOSE = "\ue0f0", "\ue0f1"  # of private use: around what is text nonetheless
-Spans = list[tuple[int, int]]  # from, to: characters
-
-
-def encode(
-    config: TrainConfig,
-    tokenizer,
-    documents: list[tuple],
-    tools: list,
-    numbers: list[int],
-) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of conversations, or of prompts with completions, and their masks.
-
-    Args:
-        documents: of each, its messages; or a prompt and a completion, two texts or two
-            lists of messages.
-        numbers: of the documents in the dataset, for messages.
-
-    Returns:
-        For each, its ids, and for every id whether it is trained on.
-
-    Raises:
-        ConfigError: there is no template, or a document that it cannot be used for.
-    """
-    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
-    rendered = []
-    for document, own_tools, number in zip(documents, tools, numbers, strict=True):
-        try:
-            document = [mark(part, special) for part in document]
-            if isinstance(document[0], str):
-                rendered.append(render_pair(tokenizer, config.train_on, *document))
-            else:
-                rendered.append(
-                    render_chat(tokenizer, config.train_on, document, own_tools or None)
-                )
-        except Exception as error:  # a template may raise anything
-            raise ConfigError(
-                f"dataset_name={config.dataset_name!r} must hold conversations that "
-                f"the chat template of {config.model_name!r} can write, but not "
-                f"document {number + 1} ({first_line(error)}); try a copy without it"
-            ) from error
-    return [
-        encode_marked(tokenizer, text, spans, whole) for text, spans, whole in rendered
-    ]
+# No characters, by Unicode: around what stays text, and in place of a turn's words.
+OPEN, CLOSE, HERE = "\ufdd0", "\ufdd1", "\ufdd2"
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]  # from, to: characters
+CODES = "aAbBcdejmpuwUWVxyYGDFh"  # of strftime, for a day
+# A template's macro hides the function of this name, which writes today's date.
+DATED = (
+    "{% macro strftime_now(format) %}{% set day = namespace(text=format) %}"
+    "{% for code, value in date_codes.items() %}"
+    "{% set day.text = day.text | replace(code, value) %}{% endfor %}"
+    "{{ day.text }}{% endmacro %}{{ '' }}"
+)
+SPEAKS = {"role": "assistant", "content": HERE}
+ASKS = {"role": "user", "content": "Q"}
 
 
 def check_template(config: TrainConfig, tokenizer) -> None:
@@ -65,140 +39,189 @@ def check_template(config: TrainConfig, tokenizer) -> None:
         )
 
 
-def special_tokens(tokenizer) -> list[str]:
-    """Longest first: one may begin another."""
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted((t.content for t in added if t.special), key=len, reverse=True)
+def writes_date(tokenizer) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
-def mark(value, special: re.Pattern):
-    """The same texts, with marks around what reads like a special token.
-
-    Keys without a value are dropped: in a table each message has the keys of all, and
-    templates ask whether a key is there.
-    """
-    if isinstance(value, str):
-        value = re.sub(f"[{OPEN}{CLOSE}]", "", value)
-        return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
-    if isinstance(value, dict):
-        return {k: mark(v, special) for k, v in value.items() if v is not None}
-    return [mark(v, special) for v in value] if isinstance(value, list) else value
-
-
-def render_pair(tokenizer, train_on: str, prompt: str, completion: str):
-    """A prompt and its completion, the trained part, which the end token follows."""
-    text = prompt + completion
-    start = 0 if train_on == "all" else len(prompt)
-    return text, [(start, len(text))], True
-
-
-def render_chat(tokenizer, train_on: str, parts: list, tools: list | None):
-    """What the template writes, and the spans of it to train on.
-
-    Of a prompt and a completion, the messages of the latter are trained on.
-    """
-    messages = [message for part in parts for message in part]
-    first = len(parts[0]) if len(parts) == 2 else 0
-    template = tokenizer.get_chat_template(None, tools)
-    if train_on == "all":
-        text = render(tokenizer, messages, tools)
-        return text, [(0, len(text))], False
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        text, spans = render_with_marks(tokenizer, template, messages, tools)
-        before = render(tokenizer, messages[:first], tools) if first else ""
-        spans = [span for span in spans if span[0] >= len(before)]
-    else:
-        text = render(tokenizer, messages, tools)
-        wanted = [
-            number
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant" and number >= first
-        ]
-        wanted = wanted[-1:] if train_on == "last" else wanted
-        spans = [span_of(tokenizer, text, messages, n, tools) for n in wanted]
-    return text, spans[-1:] if train_on == "last" else spans, False
-
-
-def render(tokenizer, messages: list, tools: list | None, prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-    )
-
-
-def render_with_marks(tokenizer, template: str, messages: list, tools: list | None):
-    """By a template that says itself what the assistant generates."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    (text,), (spans,) = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return text, spans
-
-
-def span_of(
-    tokenizer, text: str, messages: list, number: int, tools
-) -> tuple[int, int]:
-    """Where a turn of the assistant is in the text: what a model would generate there.
-
-    It begins where the prompt for it ends, and it ends as it does when the conversation
-    ends with it, without what the template writes only in one of the two cases, such
-    as the thoughts of earlier turns, and without trailing white space.
-    """
-    prompt = render(tokenizer, messages[:number], tools, prompt=True)
-    alone = render(tokenizer, messages[: number + 1], tools)
-    rest = text.removeprefix(prompt)
-    if len(rest) + len(prompt) != len(text) or not alone.startswith(prompt):
-        raise ValueError(
-            "it writes a turn in another way once others follow; try train_on='last'"
-        )
-    alone = alone.removeprefix(prompt)
-    same = next(
-        size
-        for size in range(min(len(alone), len(rest)), -1, -1)
-        if alone.endswith(rest[:size])
-    )
-    turn = rest[:same].rstrip()
-    content = messages[number].get("content")
-    if isinstance(content, str) and content.strip() not in alone:
-        content = None  # the template changes it
-    if not turn or (content and content.strip().splitlines()[-1] not in turn):
-        raise ValueError(
-            "it writes a turn in another way once others follow; try train_on='last'"
-        )
-    return len(prompt), len(prompt) + len(turn)
-
-
-def encode_marked(tokenizer, text: str, spans: Spans, is_plain: bool):
-    """Ids of a text with marks, and which of them lie in one of the spans.
+class Template:
+    """A tokenizer's chat template, and what it does with each form of a message.
 
     Args:
-        is_plain: whether no template has written the tokens for begin and end.
+        day: the date that it writes, if it writes one.
+        has_tools: whether tools are described; some tokenizers have a template for it.
     """
-    ids, trained = [], []
-    for number, (piece, start, is_text) in enumerate(pieces_of(text)):
-        found = tokenizer(
-            piece,
-            add_special_tokens=is_plain and number == 0,
-            split_special_tokens=is_text or is_plain,
-            return_offsets_mapping=True,
-            verbose=False,
+
+    def __init__(self, tokenizer, day: date, has_tools: bool):
+        self.tokenizer, self.options = tokenizer, {}
+        self.source = tokenizer.get_chat_template(None, [{}] if has_tools else None)
+        self.has_marks = bool(MARKS.search(self.source))
+        if "strftime_now" in self.source:
+            self.source = DATED + self.source
+            codes = [f"%-{code}" for code in "dmj"] + [f"%{code}" for code in CODES]
+            self.options = {"date_codes": {code: day.strftime(code) for code in codes}}
+        self.takes_text = self.takes_parts = True  # each form, as it is given
+        self.takes_null = self.takes_objects = True
+        self.takes_text = HERE in self.tried([ASKS | {"content": HERE}])
+        in_parts = self.tried([ASKS | {"content": [{"type": "text", "text": HERE}]}])
+        self.takes_parts = HERE in in_parts and "'text'" not in in_parts
+        self.header, self.ends, frame = self.of_turns()
+        fixed = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+        frame |= {*filter(None, fixed)}
+        longest = sorted(map(re.escape, frame), key=len, reverse=True)
+        self.frame = re.compile("|".join(longest) or "(?!)")
+        self.takes_objects, self.takes_null = self.of_calls()
+
+    def tried(self, messages: list[dict], prompt: bool = False) -> str:
+        """What comes of some messages; nothing where they are refused."""
+        with suppress(Exception):  # a template may raise anything
+            return self.render(list(map(self.form, messages)), prompt=prompt)
+        return ""
+
+    def of_turns(self) -> tuple[str, tuple[str, str], set[str]]:
+        """What is written before and after a turn, and the special tokens in it.
+
+        Before it, what a prompt for it ends with; after it, at the end and elsewhere.
+        """
+        asked = self.tried([ASKS])
+        prompt = self.tried([ASKS], prompt=True)
+        start, _, last = self.tried([ASKS, SPEAKS]).partition(HERE)
+        _, _, inside = self.tried([ASKS, SPEAKS, ASKS]).partition(HERE)
+        begins = [common(start, other) for other in (asked, prompt)]
+        header = start[slice(*begins)]
+        special = {*special_tokens(self.tokenizer)}
+        size = common(last, inside)
+        whole = (m.span() for t in special for m in re.finditer(re.escape(t), inside))
+        size = min([size, *(a for a, b in whole if a < size < b)])  # no part of a token
+        written = asked + header + last
+        frame = {t for t in special if t in written or not start}
+        return header, (last.rstrip(), inside[:size].rstrip()), frame
+
+    def of_calls(self) -> tuple[bool, bool]:
+        """Whether arguments may be objects, and whether content may be null."""
+        function = {"name": "f", "arguments": {"key": HERE}}
+        called = {"tool_calls": [{"type": "function", "function": function}]}
+        empty = self.tried([ASKS, SPEAKS | {"content": ""} | called])
+        null = self.tried([ASKS, SPEAKS | {"content": None} | called])
+        takes_objects = HERE in empty and "{'key'" not in empty
+        return takes_objects, bool(null) and "None" not in null
+
+    def render(
+        self, messages: list, tools: list | None = None, prompt=False, **options
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **self.options,
+            **options,
         )
-        ids += found["input_ids"]
-        trained += [
-            any(start + a < end and start + b > begin for begin, end in spans)
-            for a, b in found["offset_mapping"]
-        ]
-    if is_plain:
-        ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
-    return ids, trained
+
+    def form(self, message: dict) -> dict:
+        """A message in the form that this template takes."""
+        content = message["content"]
+        if content is None:
+            content = None if self.takes_null else ""
+        if isinstance(content, list) and not self.takes_parts:
+            content = "".join(part["text"] for part in content)
+        elif isinstance(content, str) and not self.takes_text and self.takes_parts:
+            content = [{"type": "text", "text": content}]
+        message = message | {"content": content}
+        if "tool_calls" in message and not self.takes_objects:
+            message["tool_calls"] = [as_text(call) for call in message["tool_calls"]]
+        return message
+
+    def write(self, chat: Chat, train_on: str) -> tuple[str, list[Span]]:
+        """A conversation's text, and the spans of it to train on.
+
+        Raises:
+            ValueError: a turn cannot be found in it; or what the template raises.
+        """
+        messages = [self.mark(self.form(message)) for message in chat.messages]
+        tools, options = self.mark(chat.tools), chat.options or {}
+        if train_on == "all":
+            text = self.render(messages, tools, **options)
+            return text, [(0, len(text))]
+        turns = [n for n, trains in enumerate(chat.trains) if trains]
+        turns = turns[-1:] if train_on == "last" else turns
+        if self.has_marks:
+            text, spans = self.render_with_marks(messages, tools, options)
+            said = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+            if len(said) != len(spans):
+                raise ValueError(
+                    f"it marks {len(spans)} of {len(said)} turns of the assistant; "
+                    "try train_on='all'"
+                )
+            return text, [
+                span for n, span in zip(said, spans, strict=True) if n in turns
+            ]
+        text = self.render(messages, tools, **options)
+        return text, [self.span(text, messages, n, tools, options) for n in turns]
+
+    def render_with_marks(self, messages: list, tools, options: dict):
+        """By a template that says itself what the assistant generates."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (text,), (spans,) = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+            **self.options,
+            **options,
+        )
+        return text, spans
+
+    def span(self, text: str, messages: list, number: int, tools, options) -> Span:
+        """Where a turn of the assistant is: what a model would generate there.
+
+        The conversation is written once more with other words in its place: what both
+        texts begin and end with is not the turn's own. The turn begins behind what the
+        template writes before any turn, and ends with what it writes after it.
+        """
+        other = [*messages[:number], self.form(SPEAKS), *messages[number + 1 :]]
+        other = self.render(other, tools, **options)
+        before, found, after = other.partition(HERE)
+        end = next((end for end in self.ends if after.startswith(end)), "")
+        after = after.removeprefix(end)
+        start = len(before.rstrip())
+        if self.header:
+            found = found and self.header in before
+            start = before.rfind(self.header) + len(self.header)
+        size = len(text) - len(after)
+        same = text.startswith(before[:start]) and text.endswith(after)
+        if not found or HERE in after or not same or start > size:
+            raise ValueError(
+                "it writes a turn of the assistant in another way where it has other "
+                "words; try train_on='all', or a template with {% generation %}"
+            )
+        return start, len(text[:size].rstrip())
+
+    def mark(self, value):
+        """The same values, with marks around what reads like a frame of turns."""
+        if isinstance(value, str):
+            value = re.sub(f"[{OPEN}{CLOSE}]", "", value)
+            return self.frame.sub(rf"{OPEN}\g<0>{CLOSE}", value)
+        if isinstance(value, dict):
+            return {key: self.mark(each) for key, each in value.items()}
+        return [self.mark(v) for v in value] if isinstance(value, list) else value
 
 
-def pieces_of(text: str) -> Iterator[tuple[str, int, bool]]:
-    """The parts of a text with marks, where each begins, and whether it is marked."""
-    for found in re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}|[^{OPEN}{CLOSE}]+", text):
-        is_text = found[1] is not None
-        yield found[found.lastindex or 0], found.start() + is_text, is_text
+def common(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def as_text(call: dict) -> dict:
+    """A call whose arguments are JSON text."""
+    function = dict(call["function"])
+    if not isinstance(function["arguments"], str):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return call | {"function": function}
+
+
+def special_tokens(tokenizer) -> list[str]:
+    return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]

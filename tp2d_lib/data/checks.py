@@ -5,7 +5,9 @@ Files are read in pieces: rows of 100 GB take no more memory than rows of 100 MB
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +87,26 @@ def vocabulary(directory: Path) -> int:
         if entry(directory / name) != files.get(name):
             raise DamageError(f"{name} has changed")
     return needed
+
+
+def digest(directory: Path) -> str:
+    """Of what the rows hold, wherever they are; those of others are read for it."""
+    path = directory / CHECKSUMS
+    if path.exists():
+        files = json.loads(path.read_bytes())["files"]
+    else:
+        stats = {name: (directory / name).stat() for name in present(directory)}
+        files = {
+            name: entry_of(directory / name, stat.st_size, stat.st_mtime_ns)
+            for name, stat in stats.items()
+        }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def entry_of(path: Path, size: int, mtime_ns: int) -> dict:
+    """Of a file that is read again only if it has changed."""
+    return entry(path)
 
 
 def highest_token(directory: Path) -> int:

@@ -1,146 +1,316 @@
-"""Documents: the rows of a dataset that are to be used, and the columns they are in."""
+"""Documents: what of a record is trained on, and what only goes before it."""
 
 from __future__ import annotations
 
+import json
+from itertools import islice
 from typing import NamedTuple
 
-from transformers import AutoTokenizer
+from tp2d_lib.config import ConfigError, TrainConfig, closest
+from tp2d_lib.data.records import HEAD, File, HubTable
 
-from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
-from tp2d_lib.data.sources import Source, fault
-
-PAIR = ["prompt", "completion"]
-KNOWN = (["messages"], ["conversations"], PAIR, ["text"])  # in this order
-
-
-class Columns(NamedTuple):
-    """Where a document is: in one column, or in two."""
-
-    names: list[str]
-    kind: str  # text, chat: a list of messages, or pair: a prompt and its completion
-
-
-def load_tokenizer(config: TrainConfig):
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: there is no tokenizer, it cannot be read, or has no end token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.model_name, revision=config.model_revision, trust_remote_code=False
-        )
-        if not tokenizer("word")["input_ids"]:
-            raise ValueError("there are none")
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ConfigError(
-            f"model_name={config.model_name!r} must hold its tokenizer's files, such "
-            f"as tokenizer.json ({first_line(error)}); write them there with the "
-            "tokenizer's save_pretrained"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model_name={config.model_name!r} must have a tokenizer with an end "
-            "token; set eos_token in its tokenizer_config.json"
-        )
-    return tokenizer
+CHAT = ("messages", "conversations")
+INSTRUCTION = ("instruction", "output")
+QUESTION = ("question", "answer")
+PAIR = ("prompt", "completion")
+KNOWN = (*((name,) for name in CHAT), INSTRUCTION, PAIR, QUESTION, ("text",))
+# What belongs to a conversation, beside its messages.
+OPTIONS = ("tools", "system", "chat_template_kwargs")
+BESIDE = dict.fromkeys([*CHAT, "prompt"], OPTIONS)
+BESIDE["instruction"] = ("input", "history", *OPTIONS)
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES |= {"function": "tool", "observation": "tool", "function_response": "tool"}
+ROLES |= {"chatgpt": "assistant", "bing": "assistant"}
+WEIGHTS = ("weight", "train", "loss_weight")  # of a turn: 0 is not trained on
+MEDIA = ("image", "video", "audio")
 
 
-def load_documents(config: TrainConfig, source: Source) -> list:
-    """The documents to use: the first ``dataset_percentage`` percent of the split.
+class Pair(NamedTuple):
+    """Two texts, of which the second is trained on."""
 
-    Returns:
-        A ``datasets.Dataset`` for each format of the source's files.
-
-    Raises:
-        ConfigError: a file cannot be read, the split does not exist or is too small.
-    """
-    from datasets import ReadInstruction  # here: slow, workers do not need it
-
-    for builder in source.builders:
-        try:
-            builder.download_and_prepare()
-        except Exception as error:  # each format is read by another library
-            raise unreadable(config, source, error) from error
-    split = config.dataset_split
-    sizes = [
-        builder.info.splits[split].num_examples if split in builder.info.splits else 0
-        for builder in source.builders
-    ]
-    known = sorted({name for b in source.builders for name in b.info.splits})
-    if split not in known:
-        raise ConfigError(
-            f"dataset_split={split!r} must be a split of {config.dataset_name!r}, "
-            f"which has {', '.join(known)}; try {closest(split, known)!r}"
-        )
-    left = round(sum(sizes) * config.dataset_percentage / 100)
-    if left == 0:
-        raise ConfigError(
-            f"dataset_percentage={config.dataset_percentage:g} must keep at least "
-            f"one of the {sum(sizes)} documents of {config.dataset_name!r}; try 100"
-        )
-    documents = []
-    for builder, size in zip(source.builders, sizes, strict=True):
-        if kept := min(size, left):
-            part = ReadInstruction(split, to=kept, unit="abs")
-            documents.append(builder.as_dataset(split=part))
-            left -= kept
-    return documents
+    prompt: str
+    completion: str
 
 
-def unreadable(config: TrainConfig, source: Source, error: Exception) -> ConfigError:
-    why = fault(source.files, None) or first_line(error.__cause__ or error)
-    return ConfigError(
-        f"dataset_name={config.dataset_name!r} must hold readable data ({why}); try a "
-        "copy without it, or 'Salesforce/wikitext'"
-    )
+class Chat(NamedTuple):
+    """A conversation, and of each message whether it may be trained on."""
+
+    messages: list[dict]
+    trains: list[bool]
+    tools: list[dict] | None = None
+    options: dict | None = None  # for the template
 
 
-def find_columns(config: TrainConfig, documents, source: Source) -> Columns:
-    """The columns that hold the documents: the one that is named, or a known one.
+Document = str | Pair | Chat
+
+
+class Form(NamedTuple):
+    """How a file's records become documents: by which columns, as what."""
+
+    names: tuple[str, ...]
+    kind: str  # text, chat, pair or instruction
+
+    @property
+    def wanted(self) -> set[str]:
+        return {*self.names, *BESIDE.get(self.names[0], ())}
+
+
+def form_of(config: TrainConfig, part: File | HubTable, has_template: bool) -> Form:
+    """The columns that hold a file's documents: the one that is named, or known ones.
+
+    Args:
+        has_template: whether the tokenizer can write conversations; instructions are
+            texts without.
 
     Raises:
-        ConfigError: there is no such column, or it holds something else.
+        ConfigError: there is no such column, or it is none to train on.
+        DataError: the file is damaged at its beginning.
     """
-    given, has = config.text_column, documents.column_names
-    names = [given] if given else next((n for n in KNOWN if {*n} <= {*has}), None)
-    texts = [n for n, f in documents.features.items() if "string" in dtype(f)]
-    where = f"{config.dataset_name!r}, which has {', '.join(has)}"
+    has, given = part.columns(), config.text_column
+    where = f"{part.path!r}, which has {', '.join(has)}"
+    if given:
+        if given not in has:
+            raise ConfigError(
+                f"text_column={given!r} must be a column of {where}; "
+                f"try {closest(given, has)!r}"
+            )
+        return Form((given,), "chat" if is_chat(part, given) else "text")
+    check_preferences(config, part, {*has})
+    names = next((names for names in KNOWN if {*names} <= {*has}), None)
     if names is None:
         raise ConfigError(
-            f"text_column must be given for {where}; try "
-            f"{closest('text', texts or has)!r}"
+            f"text_column must be given for {where}; try {longest(part, has)!r}"
         )
-    if not {*names} <= {*has}:
+    kind = "text"
+    if names[0] in CHAT:
+        kind = "chat"
+    elif names in (INSTRUCTION, QUESTION):
+        kind = "instruction" if has_template else "pair"
+    elif names == PAIR:
+        kind = "chat" if is_chat(part, "completion") else "pair"
+    return Form(names, kind)
+
+
+def head(part: File | HubTable, name: str) -> list:
+    """The values of a column in the first records that have one."""
+    found = (record.get(name) for _, record in islice(part.records({name}), HEAD))
+    return [value for value in found if value is not None]
+
+
+def is_chat(part: File | HubTable, name: str) -> bool:
+    """Whether a column holds messages, perhaps as JSON text."""
+    value = next(filter(None, head(part, name)), None)
+    value = parsed(value)
+    return isinstance(value, list) and isinstance(value[0], dict)
+
+
+def longest(part: File | HubTable, names: list[str]) -> str:
+    """The column that a person would pick: the one with the most text."""
+    sizes = {}
+    for name in names:
+        sizes[name] = sum(len(v) for v in head(part, name) if isinstance(v, str))
+    return max(sizes, key=sizes.get, default="text")
+
+
+def check_preferences(
+    config: TrainConfig, part: File | HubTable, has: set[str]
+) -> None:
+    """Refuse what one document is better than another for."""
+    found, trainer = sorted({"chosen", "rejected"} & has), "DPO"
+    is_talk = has & {*CHAT, "prompt"}
+    if "label" in has and is_talk and any(type(v) is bool for v in head(part, "label")):
+        found, trainer = ["label"], "KTO"
+    if len(found) == 2 or trainer == "KTO":
         raise ConfigError(
-            f"text_column={given!r} must be a column of {where}; "
-            f"try {closest(given, has)!r}"
+            f"dataset_name={config.dataset_name!r} must hold documents to imitate, but "
+            f"{part.path} holds preferences ({' and '.join(map(repr, found))}), which "
+            f"{trainer} trains, such as trl.{trainer}Trainer; try a dataset of messages"
         )
-    kinds = [kind_of(documents, name) for name in names]
-    if kinds == ["text"] or kinds == ["chat"]:
-        return Columns(names, kinds[0])
-    if kinds in (["text", "text"], ["chat", "chat"]):
-        return Columns(names, "pair")
-    others = [text for text in texts if text not in names]
-    why = fault(source.files, names[0]) if len(names) == 1 else None
-    raise ConfigError(
-        f"text_column={', '.join(names)!r} must hold text, or messages with role and "
-        f"content, not {' and '.join(kinds)}{f' ({why})' if why else ''}; "
-        f"try {', '.join(map(repr, others)) or 'another dataset'}"
+
+
+# ---------------------------------------------------------------- from a record
+
+
+def document_of(form: Form, record: dict) -> Document | None:
+    """What a record holds, or None if that is nothing.
+
+    Raises:
+        ValueError: a value is none of the kind that the form says.
+    """
+    if any(record.get(name) is None for name in form.names):
+        return None
+    if is_blank(record[form.names[-1]]):
+        return None
+    if form.names in (INSTRUCTION, QUESTION):
+        return instruction(form, record)
+    if form.kind == "chat":
+        *before, messages = (messages_in(record, name) for name in form.names)
+        return chat(messages, record, before[0] if before else [])
+    texts = [text_in(record, name) for name in form.names]
+    return texts[0] if form.kind == "text" else Pair(*texts)
+
+
+def is_blank(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else value in ([], {})
+
+
+def text_in(record: dict, name: str, default: str | None = None) -> str:
+    value = record.get(name, default)
+    value = default if value is None else value
+    if not isinstance(value, str):
+        found = "nothing" if value is None else type(value).__name__
+        raise ValueError(f"holds {found} in {name!r} instead of text")
+    return value
+
+
+def parsed(value: object) -> object:
+    """What a JSON text stands for, if it is an object or a list."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def instruction(form: Form, record: dict) -> Document:
+    """Alpaca's records, and questions with their answers."""
+    asked, answer = (text_in(record, name) for name in form.names)
+    if form.names == QUESTION:
+        record, prompt = {}, f"{asked}\n"
+    else:
+        prompt = alpaca(asked, text_in(record, "input", ""))
+    more, system = (text_in(record, name, "") for name in ("input", "system"))
+    history = [text for turn in parsed(record.get("history")) or [] for text in turn]
+    if form.kind == "pair":
+        if history:
+            raise ValueError("holds a 'history', which only a chat template can write")
+        return Pair(f"{system}\n\n{prompt}" if system else prompt, answer)
+    turns = [*history, f"{asked}\n{more}" if more else asked]
+    roles = ("user", "assistant")
+    before = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    return chat([{"role": "assistant", "content": answer}], record, before)
+
+
+def alpaca(instruction: str, input_: str) -> str:
+    """The prompt of Stanford's Alpaca, for models without a chat template."""
+    task = "Below is an instruction that describes a task"
+    if input_:
+        task += ", paired with an input that provides further context"
+        instruction += f"\n\n### Input:\n{input_}"
+    return (
+        f"{task}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
     )
 
 
-def dtype(feature) -> str:
-    return getattr(feature, "dtype", type(feature).__name__.lower())
+def chat(messages: list[dict], record: dict, before: list[dict]) -> Chat | None:
+    """A conversation; of the messages before, none is trained on."""
+    every = [*before, *messages]
+    if not isinstance(record.get("system", ""), str):
+        raise ValueError("holds no text in 'system'")
+    if record.get("system") and every[0].get("role") != "system":
+        every.insert(0, {"role": "system", "content": record["system"]})
+    trains = []
+    for number, message in enumerate(every):
+        is_ours = number >= len(every) - len(messages)
+        weight = 1
+        for name in WEIGHTS:
+            given = message.pop(name, None)
+            weight = weight if given is None else given
+        if weight not in (0, 1):
+            raise ValueError(f"gives a turn the weight {weight!r}, not 0 or 1")
+        trains.append(is_ours and message["role"] == "assistant" and bool(weight))
+    options = parsed(record.get("chat_template_kwargs")) or {}
+    if not isinstance(options, dict):
+        raise ValueError("holds no object in 'chat_template_kwargs'")
+    return Chat(every, trains, tools_in(record), options)
 
 
-def kind_of(documents, name: str) -> str:
-    """text, chat, or what else a column holds."""
-    kind = dtype(documents.features[name])
-    if kind in ("string", "large_string", "null"):
-        return "text"
-    some = documents.select(range(min(len(documents), 100)))[name]
-    value = next((value for value in some if value), None)
-    if isinstance(value, list) and isinstance(value[0], dict) and "role" in value[0]:
-        return "chat"
-    return kind
+def messages_in(record: dict, name: str) -> list[dict]:
+    value = parsed(record.get(name)) or []
+    if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
+        raise ValueError(f"holds no messages with role and content in {name!r}")
+    return [message_of(message) for message in value]
+
+
+def message_of(given: dict) -> dict:
+    """A message as templates know it; those of ShareGPT have ``from`` and ``value``."""
+    message = dict(given)
+    if "role" not in message:
+        if "from" not in message or "value" not in message:
+            raise ValueError("holds a message without role and content")
+        message["role"] = message.pop("from")
+        message["content"] = message.pop("value")
+    elif "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    role = message["role"]
+    if not isinstance(role, str):
+        raise ValueError(f"holds {type(role).__name__} as the role of a message")
+    if role == "function_call":
+        calls = parsed(message.pop("content"))
+        message |= {"role": "assistant", "content": None}
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    else:
+        message["role"] = ROLES.get(role, role)
+        message["content"] = content_of(message.get("content"))
+    calls = parsed(message.pop("tool_calls", None))
+    if calls:
+        message["tool_calls"] = [call_of(call) for call in calls]
+    return without_nothing(message) | {"content": message["content"]}
+
+
+def content_of(content: object) -> str | list[dict] | None:
+    """Text, a list of parts of text, or nothing."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"holds {type(content).__name__} as content instead of text")
+    parts = []
+    for part in content:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text")
+        text = part.get("text", part.get("value"))
+        if any(word in kind for word in MEDIA):
+            raise ValueError(f"holds a part of type {kind!r}; only text is trained on")
+        if not isinstance(text, str):
+            raise ValueError(f"holds a part of type {kind!r} without text")
+        parts.append({"type": "text", "text": text})
+    return parts
+
+
+def call_of(call: object) -> dict:
+    """A call of a tool: ``{"type": "function", "function": {name, arguments}}``."""
+    call = parsed(call)
+    if not isinstance(call, dict):
+        raise ValueError(f"holds {call!r:.40} as the call of a tool")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or "name" not in function:
+        raise ValueError("holds the call of a tool without a name")
+    function = without_nothing(function)
+    function["arguments"] = parsed(function.get("arguments", {}))
+    if "function" in call:
+        return without_nothing(call) | {"function": function}
+    return {"type": "function", "function": function}
+
+
+def tools_in(record: dict) -> list[dict] | None:
+    """The descriptions of tools, without keys that hold nothing."""
+    tools = parsed(record.get("tools")) or []
+    if not isinstance(tools, list):
+        raise ValueError(f"holds {type(tools).__name__} in 'tools' instead of a list")
+    found = []
+    for tool in map(parsed, tools):
+        if not isinstance(tool, dict):
+            raise ValueError("holds a tool that is no object")
+        is_whole = "function" in tool or "name" not in tool
+        tool = tool if is_whole else {"type": "function", "function": tool}
+        found.append(without_nothing(tool))
+    return found or None
+
+
+def without_nothing(value: object) -> object:
+    """Without keys that have no value: in a table each object has the keys of all."""
+    if isinstance(value, dict):
+        return {k: without_nothing(v) for k, v in value.items() if v is not None}
+    return [without_nothing(v) for v in value] if isinstance(value, list) else value

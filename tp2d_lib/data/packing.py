@@ -23,14 +23,14 @@ class Layout(NamedTuple):
     filled: np.ndarray
 
 
-def stream(lengths: np.ndarray, size: int, keep_all: bool) -> Layout:
-    """All documents joined, cut into full rows; the rest is dropped unless all is kept.
+def stream(lengths: np.ndarray, size: int) -> Layout:
+    """All documents joined, and cut into rows, of which only the last has padding.
 
     A row of one token has nothing to predict and is never made.
     """
     ends = lengths.cumsum()
     full, rest = divmod(int(lengths.sum()), size)
-    filled = [size] * full + [rest] * (keep_all and rest > 1)
+    filled = [size] * full + [rest] * (rest > 1)
     return Layout(lengths, ends - lengths, np.array(filled, np.int32))
 
 

@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import tempfile
+from datetime import date
 from pathlib import Path
 
 from filelock import FileLock
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.data import chat, checks
-from tp2d_lib.data.documents import find_columns, load_documents, load_tokenizer
-from tp2d_lib.data.sources import Source, open_source
+from tp2d_lib.data import checks
+from tp2d_lib.data.reading import FORMAT, load_tokenizer, notes, open_reading
+from tp2d_lib.data.tokens import Reading, limit
 from tp2d_lib.data.writing import write_rows
 
 
@@ -30,28 +31,25 @@ def check(config: TrainConfig) -> str:
     """
     if config.prepared_data:
         return pack_of(check_prepared(config), config)
-    return examine(config, load_tokenizer(config), open_source(config))
+    tokenizer = load_tokenizer(config)
+    reading = open_reading(config, tokenizer)
+    limit(config, reading)
+    return pack_for(config, reading)
 
 
-def examine(config: TrainConfig, tokenizer, source: Source) -> str:
-    """``check`` for a dataset that is open: the columns, the template, the packing."""
-    found = load_documents(config, source)
-    kinds = {find_columns(config, each, source).kind for each in found}
-    if "chat" in kinds:
-        chat.check_template(config, tokenizer)
+def pack_for(config: TrainConfig, reading: Reading) -> str:
     if config.pack != "auto":
         return config.pack
-    return "stream" if kinds == {"text"} else "documents"
+    return "documents" if reading.is_masked else "stream"
 
 
 def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
     """Tokenise the dataset into rows, or find the rows of an earlier run.
 
     Runs in the driver, before any worker exists. When several processes call it at
-    once, one works and the others wait. With ``keep_all``, for held-out data, no token
-    is dropped: the last row of joined documents is padded, and long documents get as
-    many rows as they need. Rows that exist are read once and compared with their
-    checksums; damaged ones are made again.
+    once, one works and the others wait. With ``keep_all``, for held-out data, a
+    document that is longer than its own row gets as many as it needs. Rows that exist
+    are read once and compared with their checksums; damaged ones are made again.
 
     Returns:
         A folder with ``input_ids.npy`` (rows, seq_length) int32, ``lengths.npy``
@@ -71,17 +69,21 @@ def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
         except checks.DamageError as error:
             raise not_rows(config, error) from error
         return directory
-    tokenizer, source = load_tokenizer(config), open_source(config)
-    pack = examine(config, tokenizer, source)
-    name = fingerprint(config, tokenizer, source, pack, keep_all)
-    directory = config.data_dir / name
+    tokenizer = load_tokenizer(config)
+    reading = open_reading(config, tokenizer)
+    pack = pack_for(config, reading)
+    directory = folder_of(config, tokenizer, reading, pack, keep_all)
+    if reading.day:  # of the run that made the rows first
+        day = directory.name.partition("-")[2]
+        reading = reading._replace(day=date.fromisoformat(day))
     make_folder(config.data_dir)
     with FileLock(f"{directory}.lock"):
         needed = vocabulary_of_found(directory)
         if needed is None:
             work = Path(tempfile.mkdtemp(dir=config.data_dir, prefix=".rows-"))
             try:
-                about = write_rows(config, tokenizer, source, work, pack, keep_all)
+                about = write_rows(config, tokenizer, reading, work, pack, keep_all)
+                about = "; ".join([about, *notes(config, reading)])
                 os.chmod(work, 0o755)  # mkdtemp makes it private
                 needed = checks.write_checksums(work, about)
                 os.rename(work, directory)  # complete or not at all
@@ -143,25 +145,37 @@ def make_folder(directory: Path) -> None:
         ) from error
 
 
-def fingerprint(
-    config: TrainConfig, tokenizer, source: Source, pack: str, keep_all: bool
-) -> str:
-    """Name of the rows: equal for equal content, different after any change."""
+def folder_of(
+    config: TrainConfig, tokenizer, reading: Reading, pack: str, keep_all: bool
+) -> Path:
+    """The folder of the rows: of one name for equal content, another after any change.
+
+    A template's date is part of it: of the first run that made such rows.
+    """
     parts = {
+        "format": FORMAT,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
         "end": tokenizer.eos_token_id,
-        "dataset": [[b.dataset_name, b.config_id, b.hash] for b in source.builders],
-        "split": config.dataset_split,
+        "dataset": [part.digest() for part in reading.dataset.parts],
+        "forms": reading.forms,
+        "parses": reading.parses,
         "percentage": config.dataset_percentage,
         "eval_fraction": config.eval_fraction,
-        "text_column": config.text_column,
         "train_on": config.train_on,
         "seq_length": config.seq_length,
         "pack": pack,
         "keep_all": keep_all,
     }
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    content = json.dumps(parts, sort_keys=True, default=str)
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    if reading.day is None:
+        return config.data_dir / name
+    made = sorted(
+        path for path in config.data_dir.glob(f"{name}-*-*-*") if path.is_dir()
+    )
+    return made[0] if made else config.data_dir / f"{name}-{reading.day}"
 
 
 def describe(directory: Path) -> str:

@@ -2,9 +2,13 @@
 
 import bz2
 import csv
+import glob
 import gzip
 import json
+import lzma
+import os
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from transformers import AutoTokenizer
 
 from tests.data.test_rows import refuse
 from tp2d_lib import data
-from tp2d_lib.data import sources
+from tp2d_lib.data import files, records
 
 TEXTS = [f'Text {n}, "quoted",\nhas two lines\tand 1 tab: ünï.' for n in range(6)]
 
@@ -43,15 +47,69 @@ def write_mark(path: Path) -> Path:
     return path.with_suffix(".jsonl")
 
 
-def write_csv(path: Path, delimiter=",", suffix=".csv") -> Path:
-    with open(path.with_suffix(suffix), "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=delimiter)
+def write_json_rows(path: Path) -> Path:
+    """One object, with a list of objects under one key."""
+    content = {"version": "1", "data": [{"text": t} for t in TEXTS]}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1))
+    return path.with_suffix(".json")
+
+
+def write_json_lines(path: Path) -> Path:
+    """Lines, whatever the file's name says."""
+    path.with_suffix(".json").write_bytes(b"\n" + lines(TEXTS))
+    return path.with_suffix(".json")
+
+
+def write_csv(path: Path, delimiter=",", suffix=".csv", **options) -> Path:
+    encoding = options.pop("encoding", "utf-8")
+    with open(path.with_suffix(suffix), "w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=delimiter, **options)
         writer.writerows([("id", "text"), *enumerate(TEXTS)])
     return path.with_suffix(suffix)
 
 
 def write_tsv(path: Path) -> Path:
     return write_csv(path, "\t", ".tsv")
+
+
+def write_excel(path: Path) -> Path:
+    """As spreadsheets write it in much of Europe: a mark, semicolons, quotes."""
+    return write_csv(path, ";", encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
+
+
+def write_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path.with_suffix(".jsonl.zip"), "w") as archive:
+        archive.writestr("inner.jsonl", lines(TEXTS))
+    return path.with_suffix(".jsonl.zip")
+
+
+def write_xz(path: Path) -> Path:
+    path.with_suffix(".jsonl.xz").write_bytes(lzma.compress(lines(TEXTS)))
+    return path.with_suffix(".jsonl.xz")
+
+
+def write_zst(path: Path) -> Path:
+    """In two frames, as tools that work in parallel write it."""
+    path = path.with_suffix(".jsonl.zst")
+    codec = pa.Codec("zstd")
+    halves = (lines(TEXTS[:2]), lines(TEXTS[2:]))
+    path.write_bytes(b"".join(codec.compress(half, asbytes=True) for half in halves))
+    return path
+
+
+def write_arrow_types(path: Path) -> Path:
+    """Text in every type that Arrow has for it, one after another."""
+    path.mkdir()
+    kinds = [pa.string_view(), pa.large_string(), pa.binary()]
+    kinds += [pa.dictionary(pa.int32(), pa.string())]
+    for number, kind in enumerate(kinds):
+        texts = TEXTS[number : number + 1] if number < 3 else TEXTS[3:]
+        plain = pa.array(texts)
+        array = plain.dictionary_encode() if number == 3 else plain.cast(kind)
+        table = pa.table({"text": array, "id": pa.nulls(len(texts))})
+        with pa.ipc.new_file(path / f"{number}.arrow", table.schema) as file:
+            file.write_table(table)
+    return path
 
 
 def write_parquet(path: Path) -> Path:
@@ -105,7 +163,8 @@ def write_saved_dict(path: Path) -> Path:
 
 KINDS = [write_jsonl, write_json, write_mark, write_csv, write_tsv, write_parquet]
 KINDS += [write_arrow, write_gzip, write_txt, write_markdown, write_glob, write_saved]
-KINDS += [write_saved_dict]
+KINDS += [write_saved_dict, write_json_rows, write_json_lines, write_excel, write_zip]
+KINDS += [write_xz, write_zst, write_arrow_types]
 
 
 @pytest.fixture
@@ -176,10 +235,88 @@ def test_files_of_no_split_are_named(make, tmp_path):
     assert said.endswith("files not read: more.jsonl")
 
 
-def test_columns_may_hold_anything_else(texts_of, tmp_path):
-    """NA is a text; a number in a CSV is one, too, where others are."""
-    (tmp_path / "a.csv").write_text("text,id\nNA,1\n42,2\nnull,3\nlast,x\n")
-    assert texts_of(tmp_path / "a.csv") == ["NA", "42", "null", "last"]
+def test_a_cell_is_text(texts_of, tmp_path):
+    """So are NA, numbers with their digits, and dates; others may be empty."""
+    texts = ["NA", "42", "null", "007", "1.10", "2024-01-01", "true", "1e5"]
+    rows = "".join(f"{text},{n or ''}\n" for n, text in enumerate(texts))
+    (tmp_path / "a.csv").write_text(f"text,id\n{rows}")
+    assert texts_of(tmp_path / "a.csv") == texts
+
+
+def test_quotes_that_quote_nothing(texts_of, tmp_path):
+    """A table with tabs may have quotes in its texts, and no rule for them."""
+    texts = ['"Yes", he said', 'a 5" disk', "it's"]
+    rows = "".join(f"{n}\t{text}\n" for n, text in enumerate(texts))
+    (tmp_path / "a.tsv").write_text(f"id\ttext\n{rows}")
+    assert texts_of(tmp_path / "a.tsv") == texts
+    (tmp_path / "b.csv").write_text('text\n"one, two"\nthree\n')
+    assert texts_of(tmp_path / "b.csv") == ["one, two", "three"]
+
+
+def test_a_table_longer_than_what_is_looked_at_first(texts_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "SAMPLE", 40)
+    assert texts_of(write_csv(tmp_path / "a")) == TEXTS
+    assert texts_of(write_excel(tmp_path / "b")) == TEXTS
+
+
+def test_a_path_that_exists_is_a_path(texts_of, tmp_path):
+    """Brackets, stars and commas are signs of a pattern, and of a name."""
+    folder = tmp_path / "[a] b,c*"
+    folder.mkdir()
+    for name, text in (("chat[1]", "one"), ("chat1", "two"), ("#3%20", "three")):
+        (folder / f"{name}.jsonl").write_bytes(lines([text]))
+    assert texts_of(folder / "chat[1].jsonl") == ["one"]
+    assert texts_of(folder) == ["three", "two", "one"]
+    assert texts_of(f"{glob.escape(str(folder))}/chat[0-9].jsonl") == ["two"]
+
+
+def test_files_may_differ_in_what_is_not_trained_on(texts_of, make, tmp_path):
+    """Numbers here, words there, a date, nothing at all."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name, more in (
+        ("a", {"id": 1, "when": "2024-01-01T00:00:00", "tags": ["x"]}),
+        ("b", {"id": "x", "when": "", "tags": {"y": None}}),
+        ("c", {}),
+        ("d", {"id": 2**70, "when": 1e300}),
+    ):
+        content = json.dumps({"text": f"{name} text"} | more)
+        (folder / f"{name}.jsonl").write_text(content)
+    table = pa.table({"text": ["e text"], "id": [b"\xff\xfe"]})
+    parquet.write_table(table, folder / "e.parquet")
+    assert texts_of(folder) == [f"{name} text" for name in "abcde"]
+    said = data.describe(data.prepare(make(dataset_name=str(folder), pack="none")))
+    assert said.endswith("columns not used: id, tags, when")
+
+
+def test_rows_are_named_by_content(make, tmp_path):
+    """Neither time nor place is part of it, and equal sizes are not equal files."""
+    one = write_jsonl(tmp_path / "a")
+    config = make(dataset_name=str(one))
+    rows = data.prepare(config)
+    os.utime(one, (1, 1))
+    other = shutil.copy(one, tmp_path / "other.jsonl")
+    for path in (one, other):
+        assert data.prepare(replace(config, dataset_name=str(path))) == rows
+    one.write_bytes(one.read_bytes().replace(b"Text 0", b"Test 0"))
+    os.utime(one, (1, 1))
+    assert data.prepare(config) != rows
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("my-data_validation.csv", "validation"),
+        ("dev/part-1.json", "validation"),
+        ("eval/train.jsonl", "train"),
+        ("data/extra-00001-of-00002.parquet", "extra"),
+        ("contest/latest.jsonl", None),
+        ("valid2.txt", "validation"),
+    ],
+)
+def test_the_split_is_in_the_name(name, split):
+    assert files.split_of(name) == split
 
 
 @pytest.mark.parametrize(
@@ -192,8 +329,20 @@ def test_columns_may_hold_anything_else(texts_of, tmp_path):
             "line 7 of {} holds int in 'text'",
         ),
         ("a.jsonl", lines(TEXTS) + b'{"text": \n', "line 7 of {} is not JSON"),
-        ("a.jsonl", lines(TEXTS) + b"[1]\n", "line 7 of {} holds int instead of an o"),
-        ("a.json", b'[{"text": "a"}, {"text": 5}]', "{} holds int in 'text' instead"),
+        ("a.jsonl", lines(TEXTS) + b"[1]\n", "line 7 of {} holds list instead of an"),
+        (
+            "a.json",
+            b'[{"text": "a"}, {"text": 5}]',
+            "record 2 of {} holds int in 'text'",
+        ),
+        ("a.json", b'[{"text": "a"}, 5]', "record 2 of {} holds int instead of an obj"),
+        ("a.jsonl", lines(TEXTS) + b'{"text": "\\ud83d"}', "line 7 of {} (half a char"),
+        ("a.jsonl", b'{"text": "a", "x": NaN}', "line 1 of {} is not JSON (NaN is no"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 10**5, "line 1 of {} is not JSON"),
+        ("a.csv", b"text,id\na,1\nb,2,3\n", "line 3 of {} has 3 cells, but its head"),
+        ("a.csv", b'text,id\n"a\nb,1\n', "line 3 of {} is not CSV"),
+        ("a.parquet", b"PAR1 and no more", "{} cannot be read ("),
+        ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:-9], "{} cannot be read ("),
         ("a.txt", b"one\ntwo \xff\n", "line 2 of {} has the byte 0xff, which is not"),
         ("a.csv", b"text\none\n\xfe\n", "line 3 of {} has the byte 0xfe, which is not"),
         ("a.jsonl", b"", "none holds data: a.jsonl"),
@@ -224,20 +373,29 @@ def test_a_long_line(texts_of, tmp_path):
     assert long.startswith(cut)
 
 
-def test_a_dataset_on_the_hub_is_read_as_documents(monkeypatch, tmp_path):
+def test_a_dataset_on_the_hub_is_read_as_documents(monkeypatch, make):
     """Of text files on the Hub ``datasets`` would make a document of each line."""
     import datasets
 
     asked = []
 
-    def builder(name, config_name=None, **options):
-        asked.append((name, config_name, options))
-        return type("Builder", (), {"name": "text"})
+    class Builder:
+        name, info = "text", datasets.DatasetInfo()
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    config = type("Config", (), {"dataset_config": "small"})
-    sources.of_hub("org/texts", config)
-    assert asked[-1] == ("org/texts", "small", sources.TEXT[1])
+        def __init__(self, *names, **options):
+            self.info.splits = ["train"]
+            asked.append((*names, options))
+
+        def download_and_prepare(self):
+            pass
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    config = make(dataset_config="small", dataset_revision="main")
+    (table,) = files.of_hub("org/texts", config)["train"]
+    given = {"name": "small", "revision": "main"}
+    wholly = {"sample_by": "document", "encoding": "utf-8-sig"}
+    assert asked[-1] == ("org/texts", given | wholly)
+    assert table.place(7) == "row 7 of org/texts"
 
 
 def test_files_that_change_make_other_rows(make, tmp_path):
