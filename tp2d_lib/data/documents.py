@@ -268,13 +268,10 @@ def content_of(content: object) -> str | list[dict] | None:
         raise ValueError(f"holds {type(content).__name__} as content instead of text")
     parts = []
     for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text")
-        text = part.get("text", part.get("value"))
-        if any(word in kind for word in MEDIA):
+        part = part if isinstance(part, dict) else {"text": part}
+        kind, text = part.get("type", "text"), part.get("text", part.get("value"))
+        if kind != "text" or not isinstance(text, str):
             raise ValueError(f"holds a part of type {kind!r}; only text is trained on")
-        if not isinstance(text, str):
-            raise ValueError(f"holds a part of type {kind!r} without text")
         parts.append({"type": "text", "text": text})
     return parts
 

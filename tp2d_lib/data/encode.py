@@ -16,6 +16,7 @@ from tp2d_lib.data.documents import Chat, Document
 # How a piece of a document is tokenised: what it holds is a text as it was found, what
 # a template has written, or what in a message reads like the frame of a turn.
 TEXT, TEMPLATE, FORGED = range(3)
+NOWHERE = np.zeros((0, 2), np.int64)
 PIECES = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}|[^{OPEN}{CLOSE}]+")
 
 
@@ -85,7 +86,11 @@ class Encoder:
         "".join(text for text, _ in written).encode()  # raises for half a character
         if all(isinstance(document, str) for document in documents):
             found = self.tokenizer(documents, **self.how(TEXT))["input_ids"]
-            return [Encoded(self.with_end(ids)) for ids in found]
+            limits = map(self.ends, found)
+            return [
+                Encoded(ids[start:] + ends)
+                for ids, (start, ends) in zip(found, limits, strict=True)
+            ]
         pieces = [
             list(pieces_of(text))
             if isinstance(document, Chat)
@@ -94,17 +99,17 @@ class Encoder:
         ]
         found = self.tokenize([piece for each in pieces for piece in each])
         encoded = []
-        for each, (_, spans) in zip(pieces, written, strict=True):
+        for document, each, (_, spans) in zip(documents, pieces, written, strict=True):
             parts = [next(found) for _ in each]
             ids = [id_ for ids, _ in parts for id_ in ids]
-            places = np.concatenate([places for _, places in parts])
+            places = np.concatenate([NOWHERE, *(places for _, places in parts)])
             trained = np.zeros(len(ids), bool)
             for begin, end in spans:  # what overlaps one
                 trained |= (places[:, 0] < end) & (places[:, 1] > begin)
-            if each[0].kind == TEXT:
-                ids = self.with_end(ids)
-                size = len(ids)  # without a first token, or with a last one
-                trained = np.append(trained, True)[: size + 1][-size:]
+            if not isinstance(document, Chat):
+                start, ends = self.ends(ids)
+                ids, trained = ids[start:] + ends, np.append(trained[start:], ends)
+                trained = trained.astype(bool)
                 trained[-1] = True
             encoded.append(Encoded(ids, trained))
         return encoded
@@ -148,12 +153,14 @@ class Encoder:
             ids, places = next(found[piece.kind])
             yield ids, np.array(places, np.int64).reshape(-1, 2) + piece.at
 
-    def with_end(self, ids: list[int]) -> list[int]:
-        """A text's tokens with one end token, and one to begin with if it has any."""
+    def ends(self, ids: list[int]) -> tuple[int, list[int]]:
+        """Where a text's tokens begin, and what must follow them: each end once.
+
+        A text may hold the tokens that the tokenizer puts around it.
+        """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self.parses and begin is not None and ids[:2] == [begin, begin]:
-            ids = ids[1:]  # the text holds it, and the tokenizer puts one before it
-        return ids if ids and ids[-1] == end else [*ids, end]
+        is_twice = self.parses and begin is not None and ids[:2] == [begin, begin]
+        return int(is_twice), [] if ids[-1:] == [end] else [end]
 
 
 def pieces_of(text: str) -> Iterator[Piece]:
