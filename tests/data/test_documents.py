@@ -96,6 +96,15 @@ FORMS = {
         {"messages": calls({"function": CALL | {"arguments": '{"a": 1}'}})},
         CALLED,
     ),
+    "parts of LLaMA-Factory": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "ask"}]},
+                turn([{"type": "tool_call", "value": json.dumps(CALL)}]),
+            ]
+        },
+        CALLED,
+    ),
     "bare call": ({"messages": calls(CALL)}, CALLED),
 }
 
@@ -160,6 +169,11 @@ def test_instructions_without_a_template(make, tmp_path):
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "'chosen' and 'rejected'), whi",
         ),
+        (
+            {"chosen_messages": SAYS, "rejected_messages": SAYS},
+            "and 'rejected_messages'",
+        ),
+        ({"id": 5, "tags": ["a"]}, "there is no text in"),
         ({"messages": SAYS, "label": True}, "('label'), which KTO trains"),
         (
             {"messages": [SAYS[0], turn([{"type": "image_url"}])]},
@@ -303,6 +317,24 @@ def test_forms_that_a_template_takes(chat):
         "+ m.content +", f"}}}}{parts}{{{{"
     )
     assert trained_parts(with_template(config, only)) == [["say" + END]]
+
+
+def test_what_a_template_leaves_out_is_told(chat):
+    """Thoughts that it does not write, and an end of turns, without which none ends."""
+    thinks = [{"type": "reasoning", "value": "Why"}, {"type": "text", "value": "say"}]
+    config = chat("qwen", [{"messages": [SAYS[0], turn(thinks)]}])
+    assert trained_parts(config) == [["say" + END]]
+    said = "1 thoughts that the template does not write"
+    assert said in data.describe(data.prepare(config))
+    writes = QWEN.replace(
+        "{% if m.content %}", "{{ m.reasoning_content }}|{% if m.content %}"
+    )
+    assert trained_parts(with_template(config, writes)) == [["Why|say" + END]]
+    assert said not in data.describe(data.prepare(config))
+    endless = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    with_template(config, endless + "{% endfor %}")
+    assert trained_parts(config) == [["\nsay"]]  # no prompt says where it begins
+    assert "the template ends no turn" in data.describe(data.prepare(config))
 
 
 def test_one_date_for_all_rows_of_a_run(chat, monkeypatch):

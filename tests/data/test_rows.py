@@ -253,7 +253,7 @@ def test_text_column_without_text(make, tmp_path):
     message = refuse(make(dataset_name=name))
     assert "none of the first 9 records can be used: line 1 of " in message
     assert "holds int in 'text' instead of text" in message
-    assert message.endswith("README.md shows the forms that can")
+    assert message.endswith("try one of the forms that README.md shows")
 
 
 @pytest.mark.parametrize("pack", ["stream", "none", "documents"])

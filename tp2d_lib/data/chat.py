@@ -70,6 +70,8 @@ class Template:
         longest = sorted(map(re.escape, frame), key=len, reverse=True)
         self.frame = re.compile("|".join(longest) or "(?!)")
         self.takes_objects, self.takes_null = self.of_calls()
+        thinks = {"role": "assistant", "content": "A", "reasoning_content": HERE}
+        self.writes_thoughts = HERE in self.tried([ASKS, thinks])
 
     def tried(self, messages: list[dict], prompt: bool = False) -> str:
         """What comes of some messages; nothing where they are refused."""

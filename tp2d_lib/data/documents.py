@@ -23,6 +23,7 @@ ROLES |= {"function": "tool", "observation": "tool", "function_response": "tool"
 ROLES |= {"chatgpt": "assistant", "bing": "assistant"}
 WEIGHTS = ("weight", "train", "loss_weight")  # of a turn: 0 is not trained on
 MEDIA = ("image", "video", "audio")
+THOUGHTS = ("reasoning", "thinking", "reasoning_content")  # keys, and types of parts
 
 
 class Pair(NamedTuple):
@@ -67,7 +68,8 @@ def form_of(config: TrainConfig, part: File | HubTable, has_template: bool) -> F
         DataError: the file is damaged at its beginning.
     """
     has, given = part.columns(), config.text_column
-    where = f"{part.path!r}, which has {', '.join(has)}"
+    shown = [*has[:8], *["..."] * (len(has) > 8)]
+    where = f"{part.path!r}, which has {', '.join(shown)}"
     if given:
         if given not in has:
             raise ConfigError(
@@ -77,10 +79,13 @@ def form_of(config: TrainConfig, part: File | HubTable, has_template: bool) -> F
         return Form((given,), "chat" if is_chat(part, given) else "text")
     check_preferences(config, part, {*has})
     names = next((names for names in KNOWN if {*names} <= {*has}), None)
-    if names is None:
+    if names is None and not (text := longest(part, has)):
         raise ConfigError(
-            f"text_column must be given for {where}; try {longest(part, has)!r}"
+            f"dataset_name={config.dataset_name!r} must hold documents, but there is "
+            f"no text in {where}; try one of the forms that README.md shows"
         )
+    if names is None:
+        raise ConfigError(f"text_column must be given for {where}; try {text!r}")
     kind = "text"
     if names[0] in CHAT:
         kind = "chat"
@@ -104,23 +109,25 @@ def is_chat(part: File | HubTable, name: str) -> bool:
     return isinstance(value, list) and isinstance(value[0], dict)
 
 
-def longest(part: File | HubTable, names: list[str]) -> str:
-    """The column that a person would pick: the one with the most text."""
+def longest(part: File | HubTable, names: list[str]) -> str | None:
+    """The column that a person would pick: the one with the most text, if any has."""
     sizes = {}
     for name in names:
         sizes[name] = sum(len(v) for v in head(part, name) if isinstance(v, str))
-    return max(sizes, key=sizes.get, default="text")
+    most = max(sizes, key=sizes.get, default=None)
+    return most if sizes.get(most) else None
 
 
 def check_preferences(
     config: TrainConfig, part: File | HubTable, has: set[str]
 ) -> None:
     """Refuse what one document is better than another for."""
-    found, trainer = sorted({"chosen", "rejected"} & has), "DPO"
+    found = [n for n in sorted(has) if n.split("_")[0] in ("chosen", "rejected")]
+    trainer = "DPO"
     is_talk = has & {*CHAT, "prompt"}
     if "label" in has and is_talk and any(type(v) is bool for v in head(part, "label")):
         found, trainer = ["label"], "KTO"
-    if len(found) == 2 or trainer == "KTO":
+    if len(found) > 1 or trainer == "KTO":
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must hold documents to imitate, but "
             f"{part.path} holds preferences ({' and '.join(map(repr, found))}), which "
@@ -247,33 +254,32 @@ def message_of(given: dict) -> dict:
     role = message["role"]
     if not isinstance(role, str):
         raise ValueError(f"holds {type(role).__name__} as the role of a message")
+    content, calls = message.get("content"), parsed(message.pop("tool_calls", None))
     if role == "function_call":
-        calls = parsed(message.pop("content"))
-        message |= {"role": "assistant", "content": None}
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    else:
-        message["role"] = ROLES.get(role, role)
-        message["content"] = content_of(message.get("content"))
-    calls = parsed(message.pop("tool_calls", None))
-    if calls:
-        message["tool_calls"] = [call_of(call) for call in calls]
-    return without_nothing(message) | {"content": message["content"]}
-
-
-def content_of(content: object) -> str | list[dict] | None:
-    """Text, a list of parts of text, or nothing."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+        content, role, calls = None, "assistant", parsed(content)
+    if isinstance(content, list):
+        content = list(map(part_of, content))
+        thoughts = [part["text"] for part in content if part["type"] in THOUGHTS]
+        if thoughts:
+            message["reasoning_content"] = "\n".join(thoughts)
+        calls = [p["text"] for p in content if p["type"] == "tool_call"] or calls
+        content = [part for part in content if part["type"] == "text"] or None
+    elif not isinstance(content, str | None):
         raise ValueError(f"holds {type(content).__name__} as content instead of text")
-    parts = []
-    for part in content:
-        part = part if isinstance(part, dict) else {"text": part}
-        kind, text = part.get("type", "text"), part.get("text", part.get("value"))
-        if kind != "text" or not isinstance(text, str):
-            raise ValueError(f"holds a part of type {kind!r}; only text is trained on")
-        parts.append({"type": "text", "text": text})
-    return parts
+    if calls:
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = list(map(call_of, calls))
+    message["role"] = ROLES.get(role, role)
+    return without_nothing(message) | {"content": content}
+
+
+def part_of(part: object) -> dict:
+    """A part of a message's content: text, a thought, or the call of a tool as text."""
+    part = part if isinstance(part, dict) else {"text": part}
+    kind, text = part.get("type", "text"), part.get("text", part.get("value"))
+    if kind not in ("text", "tool_call", *THOUGHTS) or not isinstance(text, str):
+        raise ValueError(f"holds a part of type {kind!r}; only text is trained on")
+    return {"type": kind, "text": text}
 
 
 def call_of(call: object) -> dict:

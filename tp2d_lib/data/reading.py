@@ -8,7 +8,7 @@ from itertools import islice
 from transformers import AutoTokenizer
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
-from tp2d_lib.data.chat import check_template, special_tokens, writes_date
+from tp2d_lib.data.chat import Template, check_template, special_tokens, writes_date
 from tp2d_lib.data.documents import MEDIA, form_of
 from tp2d_lib.data.files import listed, open_dataset
 from tp2d_lib.data.records import HEAD, DataError
@@ -59,7 +59,8 @@ def open_reading(config: TrainConfig, tokenizer) -> Reading:
     if is_chat:
         check_template(config, tokenizer)
     day = date.today() if is_chat and writes_date(tokenizer) else None
-    reading = Reading(dataset, forms, False, day)
+    template = Template(tokenizer, day, has_tools=False) if is_chat else None
+    reading = Reading(dataset, forms, False, day, template)
     return reading._replace(parses=parses(config, tokenizer, reading))
 
 
@@ -81,6 +82,8 @@ def notes(config: TrainConfig, reading: Reading) -> list[str]:
     found = []
     if reading.parses:
         found.append("special tokens in texts are those tokens")
+    if reading.template and not reading.template.ends:
+        found.append("the template ends no turn, so that no end is trained on")
     if reading.day:
         found.append(f"the template's date is {reading.day}")
     parts = zip(reading.dataset.parts, reading.forms, strict=True)

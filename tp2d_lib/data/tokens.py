@@ -19,12 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.data.documents import Chat, Document, Form, document_of
+from tp2d_lib.data.chat import Template
+from tp2d_lib.data.documents import THOUGHTS, Chat, Document, Form, document_of
 from tp2d_lib.data.encode import Encoded, EncodeError, Encoder
 from tp2d_lib.data.files import Dataset
 from tp2d_lib.data.records import DataError
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"  # the two sides of eval_fraction
+UNWRITTEN = "thoughts that the template does not write"
 EMPTY, UNTRAINED = "empty left out", "without a trained token left out"
 CHUNK = 500  # documents that are encoded together
 MANY = 32 << 20  # bytes of conversations for which another process is worth its start
@@ -36,7 +38,8 @@ class Reading(NamedTuple):
     dataset: Dataset
     forms: list[Form]  # of each part
     parses: bool  # whether special tokens in its texts are those tokens
-    day: date | None  # that the template writes
+    day: date | None = None  # that the template writes
+    template: Template | None = None  # of conversations
 
     @property
     def is_masked(self) -> bool:
@@ -65,12 +68,12 @@ def tokenize(
         ConfigError: names the place of what cannot be read, or be encoded.
     """
     why, roles, lengths = Counter(), Counter(), array("q")
-    documents = kept(config, reading, held_out, why)
+    documents = kept(config, reading, held_out, why, roles)
     masked = reading.is_masked
     names = ("tokens.ids", "tokens.trained")
     with open(folder / names[0], "wb") as ids, open(folder / names[1], "wb") as trained:
         bar = tqdm(desc="tokenise", unit=" documents", disable=not sys.stderr.isatty())
-        for places, found in encoded(config, tokenizer, reading, documents, roles):
+        for places, found in encoded(config, tokenizer, reading, documents):
             some = [each for each in found if each.trained is None or any(each.trained)]
             why[UNTRAINED] += len(found) - len(some)
             lengths.extend(len(each.ids) for each in some)
@@ -128,9 +131,12 @@ def limit(config: TrainConfig, reading: Reading) -> int | None:
 
 
 def kept(
-    config: TrainConfig, reading: Reading, held_out: bool, why: Counter
+    config: TrainConfig, reading: Reading, held_out: bool, why: Counter, roles: Counter
 ) -> Iterator[tuple[str, Document]]:
-    """The documents to encode, each with its place; counts the others in ``why``."""
+    """The documents to encode, each with its place.
+
+    Counts the others in ``why``, by the reason, and messages in ``roles``.
+    """
     faults, good = [], 0
     for form, place, record in islice(records(config, reading), limit(config, reading)):
         try:
@@ -147,6 +153,10 @@ def kept(
         elif config.eval_fraction and is_out(config, document) != held_out:
             why[TRAINED_ON if held_out else HELD_OUT] += 1
         else:
+            for message in document.messages if isinstance(document, Chat) else ():
+                roles[message["role"]] += 1
+                has_thought = not {*THOUGHTS}.isdisjoint(message)
+                why[UNWRITTEN] += has_thought and not reading.template.writes_thoughts
             yield place, document
     if faults and good:
         raise unreadable(config, faults[0])
@@ -154,7 +164,7 @@ def kept(
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must hold documents to train on, "
             f"but none of the first {len(faults)} records can be used: {faults[0]}; "
-            "try another text_column; README.md shows the forms that can"
+            "try one of the forms that README.md shows"
         )
 
 
@@ -173,7 +183,6 @@ def encoded(
     tokenizer,
     reading: Reading,
     documents: Iterator,
-    roles: Counter,
 ) -> Iterator[tuple[list[str], list[Encoded]]]:
     """The documents of some places and their tokens, in order."""
     given = (tokenizer, config.train_on, reading.parses, reading.day)
@@ -181,9 +190,6 @@ def encoded(
     with Workers(processes(config, reading), given) as workers:
         for chunk in chunks(documents):
             places, some = zip(*chunk, strict=True)
-            for chat in some:
-                if isinstance(chat, Chat):
-                    roles.update(message["role"] for message in chat.messages)
             waiting.append((places, workers.submit(list(some))))
             while len(waiting) > 2 * workers.count:
                 yield result(config, *waiting.popleft())
