@@ -32,6 +32,7 @@ test-pairs: lint  ## every pair of settings: as one process trains, or refused
 test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU checks
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
 		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py \
+		tests/test_stores.py tests/test_options.py tests/autotp/test_engine.py \
 		tests/lessons/test_jupyterlab.py
 
 test-exports: .venv/installed build/exports-env/installed  ## exports, read elsewhere

@@ -64,6 +64,7 @@ def found_by_ranks(storage: Path, name: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+@pytest.mark.faults
 def test_tp_groups_are_on_one_node_each(nodes, tmp_path, monkeypatch, capsys):
     """Ray would put three of four ranks on one node; the environment goes with them."""
     monkeypatch.setenv("HF_TOKEN", SECRET)

@@ -139,6 +139,7 @@ def hindered(config):
     loop.run(engine, loader, config, on_step_end=lambda *_: note("own in {}"))
 
 
+@pytest.mark.faults
 def test_long_work_is_announced_and_a_finished_run_exports_again(
     cluster, tmp_path, capsys
 ):

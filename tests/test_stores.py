@@ -70,15 +70,11 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-OTHERS = [
-    pytest.param(*case, marks=pytest.mark.faults)
-    for case in [("autotp", "s3"), ("fsdp", "gs")]
-]
-
-
-@pytest.mark.ranks
+@pytest.mark.faults
 @pytest.mark.parametrize(
-    ("engine", "runs"), [("fsdp", "s3"), *OTHERS], indirect=["runs"]
+    ("engine", "runs"),
+    [("fsdp", "s3"), ("autotp", "s3"), ("fsdp", "gs")],
+    indirect=["runs"],
 )
 def test_killed_then_resumed_on_another_mesh_and_exported(
     engine, runs, demo_paths, disk, tmp_path, pools

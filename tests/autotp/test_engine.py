@@ -285,8 +285,9 @@ MOVES = [
 @pytest.mark.parametrize(
     ("name", "before", "after", "stage", "then"),
     [
-        *(("qwen2-tied", *MOVES[i]) for i in (0, 2, 3)),
-        *(("llama", *MOVES[i]) for i in (1, 4)),  # an untied head
+        *(("qwen2-tied", *MOVES[i]) for i in (0, 2)),
+        ("llama", *MOVES[3]),  # an untied head
+        *(pytest.param("llama", *MOVES[i], marks=pytest.mark.faults) for i in (1, 4)),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_run(

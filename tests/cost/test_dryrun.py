@@ -178,7 +178,7 @@ def test_the_command_tells_and_stops(tmp_path, capsys):
     assert re.search(r"dp 1 +2 +3$", page, re.MULTILINE)
     assert "parameters in the model: 1,058,496" in page
     assert re.search(r"^  parameters +1.06 MB$", page, re.MULTILINE)
-    assert "1,003 rows of 128 tokens, 128,384 tokens without padding" in page
+    assert "1,004 rows of 128 tokens, 128,432 tokens without padding" in page
     assert "40 steps of 8 rows, 0.32 epochs" in page
     assert re.search(
         r"^\d+ held-out rows, evaluated every 10 steps$", page, re.MULTILINE

@@ -359,8 +359,7 @@ def chromium():
         started.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 @pytest.mark.parametrize("name", make_site.ADDRESSES.values())
 def test_a_page_in_a_browser(name, width, scheme, site, chromium):
     assert browser.problems(chromium, site / name, width, scheme) == []

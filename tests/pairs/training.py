@@ -134,6 +134,7 @@ def loss_of(config) -> Callable:
     """The summed loss of logits (tokens, vocabulary) and their labels."""
 
     def summed(logits, labels):
+        logits = logits.float()
         kind = {"label_smoothing": config.label_smoothing_factor, "reduction": "sum"}
         loss = F.cross_entropy(logits, labels, **kind)
         counted = logits[labels != -100]

@@ -14,7 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import loky
 import numpy as np
 from tqdm import tqdm
 
@@ -229,6 +228,8 @@ class Workers:
         if count < 2:
             self.encoder = Encoder(*given)
         else:
+            import loky  # here: most runs do without
+
             self.pool = loky.ProcessPoolExecutor(
                 count,
                 initializer=start,
@@ -264,13 +265,14 @@ def processes(config: TrainConfig, reading: Reading) -> int:
 
     Texts are encoded by threads of the tokenizer's own.
     """
-    cores = loky.cpu_count()
-    if config.preprocessing_num_workers:
-        return min(config.preprocessing_num_workers, cores)
-    if not reading.is_masked:
+    wanted = config.preprocessing_num_workers or 1
+    if reading.is_masked and not config.preprocessing_num_workers:
+        wanted += sum(part.size() for part in reading.dataset.parts) // MANY
+    if wanted == 1:
         return 1
-    size = sum(part.size() for part in reading.dataset.parts)
-    return min(cores, 1 + size // MANY)
+    import loky  # here: most runs do without
+
+    return min(wanted, loky.cpu_count())
 
 
 def no_turn(config: TrainConfig, roles: Counter) -> ConfigError:
