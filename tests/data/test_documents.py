@@ -149,6 +149,30 @@ def test_the_same_of_a_table(chat, tmp_path):
         ]
 
 
+def test_a_text_that_reads_like_messages_is_text(make, tmp_path):
+    name = write_lines(tmp_path / "texts", [{"text": json.dumps(SAYS)}])
+    config = make(dataset_name=name, pack="none", seq_length=128)
+    rows = data.open_rows(data.prepare(config))
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    assert tokenizer.decode(rows.input_ids[0]).startswith(json.dumps(SAYS))
+    write_lines(tmp_path / "texts", [{"text": SAYS}])
+    assert "must have a chat template" in refuse(config)
+
+
+def test_several_processes_encode_the_same(chat, monkeypatch):
+    """In order, and what one of them refuses is told as ever."""
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
+    monkeypatch.setattr("tp2d_lib.data.workers.CHUNK", 3)
+    records = [
+        {"messages": [turn(f"ask {n}", "user"), turn(f"say {n}")]} for n in range(9)
+    ]
+    one = rows_of(chat("qwen", records))
+    other = chat("qwen", records, preprocessing_num_workers=2)
+    assert rows_of(replace(other, cache_dir=other.cache_dir + "-2")) == one
+    records[7]["messages"][1]["content"] = "\ud800"
+    assert "not line 8 of" in refuse(chat("qwen", records, preprocessing_num_workers=2))
+
+
 def test_instructions_without_a_template(make, tmp_path):
     records = [{"instruction": "Add.", "input": "1 2", "output": "3"}]
     config = make(

@@ -45,11 +45,19 @@ class Chat(NamedTuple):
 Document = str | Pair | Chat
 
 
+def size_of(document: Document) -> int:
+    """Characters, of a conversation about."""
+    if isinstance(document, Chat):
+        return sum(len(str(message["content"])) for message in document.messages)
+    return len(document) if isinstance(document, str) else sum(map(len, document))
+
+
 class Form(NamedTuple):
     """How a file's records become documents: by which columns, as what."""
 
     names: tuple[str, ...]
     kind: str  # text, chat, pair or instruction
+    others: tuple[str, ...] = ()  # columns that are not used
 
     @property
     def wanted(self) -> set[str]:
@@ -67,33 +75,41 @@ def form_of(config: TrainConfig, part: File | HubTable, has_template: bool) -> F
         ConfigError: there is no such column, or it is none to train on.
         DataError: the file is damaged at its beginning.
     """
-    has, given = part.columns(), config.text_column
-    shown = [*has[:8], *["..."] * (len(has) > 8)]
-    where = f"{part.path!r}, which has {', '.join(shown)}"
-    if given:
-        if given not in has:
-            raise ConfigError(
-                f"text_column={given!r} must be a column of {where}; "
-                f"try {closest(given, has)!r}"
-            )
-        return Form((given,), "chat" if is_chat(part, given) else "text")
-    check_preferences(config, part, {*has})
-    names = next((names for names in KNOWN if {*names} <= {*has}), None)
-    if names is None and not (text := longest(part, has)):
-        raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must hold documents, but there is "
-            f"no text in {where}; try one of the forms that README.md shows"
-        )
-    if names is None:
-        raise ConfigError(f"text_column must be given for {where}; try {text!r}")
+    has = part.columns()
+    names = names_of(config, part, has)
     kind = "text"
-    if names[0] in CHAT:
+    if names[0] in CHAT or is_chat(part, names[-1]):
         kind = "chat"
     elif names in (INSTRUCTION, QUESTION):
         kind = "instruction" if has_template else "pair"
     elif names == PAIR:
-        kind = "chat" if is_chat(part, "completion") else "pair"
-    return Form(names, kind)
+        kind = "pair"
+    used = {*names, *BESIDE.get(names[0], ())}
+    return Form(names, kind, tuple(name for name in has if name not in used))
+
+
+def names_of(
+    config: TrainConfig, part: File | HubTable, has: list[str]
+) -> tuple[str, ...]:
+    given = config.text_column
+    shown = [*has[:8], *["..."] * (len(has) > 8)]
+    where = f"{part.path!r}, which has {', '.join(shown)}"
+    if given and given not in has:
+        raise ConfigError(
+            f"text_column={given!r} must be a column of {where}; "
+            f"try {closest(given, has)!r}"
+        )
+    if given:
+        return (given,)
+    check_preferences(config, part, {*has})
+    if names := next((names for names in KNOWN if {*names} <= {*has}), None):
+        return names
+    if text := longest(part, has):
+        raise ConfigError(f"text_column must be given for {where}; try {text!r}")
+    raise ConfigError(
+        f"dataset_name={config.dataset_name!r} must hold documents, but there is no "
+        f"text in {where}; try one of the forms that README.md shows"
+    )
 
 
 def head(part: File | HubTable, name: str) -> list:
@@ -103,9 +119,9 @@ def head(part: File | HubTable, name: str) -> list:
 
 
 def is_chat(part: File | HubTable, name: str) -> bool:
-    """Whether a column holds messages, perhaps as JSON text."""
+    """Whether a column holds messages; as JSON text, unless it is called text."""
     value = next(filter(None, head(part, name)), None)
-    value = parsed(value)
+    value = value if name == "text" else parsed(value)
     return isinstance(value, list) and isinstance(value[0], dict)
 
 

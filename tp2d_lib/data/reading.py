@@ -86,10 +86,7 @@ def notes(config: TrainConfig, reading: Reading) -> list[str]:
         found.append("the template ends no turn, so that no end is trained on")
     if reading.day:
         found.append(f"the template's date is {reading.day}")
-    parts = zip(reading.dataset.parts, reading.forms, strict=True)
-    columns = sorted(
-        {c for part, form in parts for c in {*part.columns()} - form.wanted}
-    )
+    columns = sorted({column for form in reading.forms for column in form.others})
     if columns:
         found.append(f"columns not used: {listed(columns)}")
     if any(word in column for column in columns for word in MEDIA):

@@ -27,7 +27,7 @@ from tp2d_lib.integrity import digest
 
 Records = Iterator[tuple[int, dict]]  # with a number, which ``place`` makes a place
 Wanted = set[str] | None  # names of the columns to read, of all if None
-HEAD = 1000  # records that show what a file holds
+HEAD = 200  # records that show what a file holds
 BATCH = 1000  # rows of a table read together
 SAMPLE = 1 << 20  # bytes of CSV that show its separator and its quotes
 
@@ -269,7 +269,7 @@ def is_even(sample: str, dialect: dict, cut: bool) -> bool:
 def of_parquet(path: str, wanted: Wanted) -> Records:
     from pyarrow import parquet  # here: slow, workers do not need it
 
-    file, done = parquet.ParquetFile(path), 0
+    file, done = parquet.ParquetFile(path, page_checksum_verification=True), 0
     names = [n for n in file.schema_arrow.names if wanted is None or n in wanted]
     for group in range(file.num_row_groups):
         batches = file.iter_batches(BATCH, [group], names)
@@ -338,8 +338,8 @@ FORMATS = {
     ".arrow": Format(
         of_arrow, "row {number} of {path}", lambda path: next(arrow_batches(path)).names
     ),
-    ".txt": Format(of_text, "{path}"),
-    ".md": Format(of_text, "{path}"),
+    ".txt": Format(of_text, "{path}", lambda path: ["text"]),
+    ".md": Format(of_text, "{path}", lambda path: ["text"]),
 }
 
 

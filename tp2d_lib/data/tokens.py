@@ -6,10 +6,9 @@ import hashlib
 import json
 import sys
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from datetime import date
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +19,13 @@ from tqdm import tqdm
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data.chat import Template
 from tp2d_lib.data.documents import THOUGHTS, Chat, Document, Form, document_of
-from tp2d_lib.data.encode import Encoded, EncodeError, Encoder
 from tp2d_lib.data.files import Dataset
-from tp2d_lib.data.records import DataError
+from tp2d_lib.data.records import HEAD, DataError
+from tp2d_lib.data.workers import encode_all, processes
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"  # the two sides of eval_fraction
 UNWRITTEN = "thoughts that the template does not write"
 EMPTY, UNTRAINED = "empty left out", "without a trained token left out"
-CHUNK = 500  # documents that are encoded together
-MANY = 32 << 20  # bytes of conversations for which another process is worth its start
 
 
 class Reading(NamedTuple):
@@ -68,11 +65,14 @@ def tokenize(
     """
     why, roles, lengths = Counter(), Counter(), array("q")
     documents = kept(config, reading, held_out, why, roles)
+    given = (tokenizer, config.train_on, reading.parses, reading.day)
     masked = reading.is_masked
+    size = sum(part.size() for part in reading.dataset.parts) if masked else 0
+    count = processes(config, size)
     names = ("tokens.ids", "tokens.trained")
     with open(folder / names[0], "wb") as ids, open(folder / names[1], "wb") as trained:
         bar = tqdm(desc="tokenise", unit=" documents", disable=not sys.stderr.isatty())
-        for places, found in encoded(config, tokenizer, reading, documents):
+        for found in encode_all(config, given, documents, count):
             some = [each for each in found if each.trained is None or any(each.trained)]
             why[UNTRAINED] += len(found) - len(some)
             lengths.extend(len(each.ids) for each in some)
@@ -82,7 +82,7 @@ def tokenize(
                 all_of_it = np.ones(len(each.ids), bool)
                 mask = all_of_it if each.trained is None else each.trained
                 mask.tofile(trained)
-            bar.update(len(places))
+            bar.update(len(found))
         bar.close()
     why = +why  # without what did not happen
     if not lengths and why[UNTRAINED]:
@@ -143,7 +143,7 @@ def kept(
             good += document is not None
         except ValueError as error:
             faults.append(f"{place} {error}")
-        if faults and (good or len(faults) == CHUNK):
+        if faults and (good or len(faults) == HEAD):
             break
         if faults:
             continue  # is it the fault of all?
@@ -175,104 +175,6 @@ def is_out(config: TrainConfig, document: Document) -> bool:
     content = json.dumps(document, sort_keys=True, default=str).encode()
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") < config.eval_fraction * 2**64
-
-
-def encoded(
-    config: TrainConfig,
-    tokenizer,
-    reading: Reading,
-    documents: Iterator,
-) -> Iterator[tuple[list[str], list[Encoded]]]:
-    """The documents of some places and their tokens, in order."""
-    given = (tokenizer, config.train_on, reading.parses, reading.day)
-    waiting: deque = deque()
-    with Workers(processes(config, reading), given) as workers:
-        for chunk in chunks(documents):
-            places, some = zip(*chunk, strict=True)
-            waiting.append((places, workers.submit(list(some))))
-            while len(waiting) > 2 * workers.count:
-                yield result(config, *waiting.popleft())
-        while waiting:
-            yield result(config, *waiting.popleft())
-
-
-def chunks(documents: Iterator) -> Iterator[list]:
-    while chunk := list(islice(documents, CHUNK)):
-        yield chunk
-
-
-def result(config: TrainConfig, places, future) -> tuple[list[str], list[Encoded]]:
-    try:
-        return places, future()
-    except EncodeError as error:
-        where = places[error.number]
-        advice = "a copy without it"
-        if error.is_each:
-            where = f"any of the {len(places)} documents from {where} on"
-            advice = "another model's tokenizer and chat template"
-        raise ConfigError(
-            f"dataset_name={config.dataset_name!r} must hold documents that the "
-            f"tokenizer and the chat template of {config.model_name!r} can write, but "
-            f"not {where} ({error.why}); try {advice}"
-        ) from error
-
-
-class Workers:
-    """Encoders in processes of their own, or one in this process.
-
-    They are started, not forked: Ray's threads may run in this one.
-    """
-
-    def __init__(self, count: int, given: tuple):
-        self.count, self.encoder, self.pool = count, None, None
-        if count < 2:
-            self.encoder = Encoder(*given)
-        else:
-            import loky  # here: most runs do without
-
-            self.pool = loky.ProcessPoolExecutor(
-                count,
-                initializer=start,
-                initargs=given,
-                env={"TOKENIZERS_PARALLELISM": "false"},
-            )
-
-    def submit(self, documents: list[Document]) -> Callable[[], list[Encoded]]:
-        if self.pool:
-            return self.pool.submit(encode, documents).result
-        return partial(self.encoder, documents)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.pool:
-            self.pool.shutdown(kill_workers=True)
-
-
-def start(*given) -> None:
-    """In a process of its own: keep an encoder for what comes."""
-    global encoder
-    encoder = Encoder(*given)
-
-
-def encode(documents: list[Document]) -> list[Encoded]:
-    return encoder(documents)
-
-
-def processes(config: TrainConfig, reading: Reading) -> int:
-    """As many as the cores that this process may use, where conversations are many.
-
-    Texts are encoded by threads of the tokenizer's own.
-    """
-    wanted = config.preprocessing_num_workers or 1
-    if reading.is_masked and not config.preprocessing_num_workers:
-        wanted += sum(part.size() for part in reading.dataset.parts) // MANY
-    if wanted == 1:
-        return 1
-    import loky  # here: most runs do without
-
-    return min(wanted, loky.cpu_count())
 
 
 def no_turn(config: TrainConfig, roles: Counter) -> ConfigError:
