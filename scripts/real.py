@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -27,6 +29,17 @@ from tp2d_lib.config import TrainConfig
 
 HERE = Path(__file__).parent
 REAL = HERE.parent / "build" / "real"
+CONVERT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, file, folder = sys.argv[1:]
+AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
+del read.config.quantization_config  # its weights are float32 now
+model = AutoModelForCausalLM.from_config(read.config, dtype="float32")
+model.load_state_dict(read.state_dict())
+model.save_pretrained(folder)
+"""
 ASKED = "Can you tell me what sequence parallelism is?"  # in words of no conversation
 QUESTIONS = (  # four for training, and one held out
     "What is {}?",
@@ -43,12 +56,11 @@ def model_folder(source: str) -> str:
     if not found:
         return source
     folder = REAL / "model"
-    if not folder.exists():
-        sys.path.insert(0, source)  # transformers reads GGUF with the package gguf
-        where = {"gguf_file": found[0].name}
-        AutoTokenizer.from_pretrained(found[0].parent, **where).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(found[0].parent, **where)
-        model.save_pretrained(folder)
+    if not folder.exists():  # transformers reads GGUF with packages in the source
+        partial = f"{folder}.partial"
+        given = [sys.executable, "-c", CONVERT, found[0].parent, found[0].name, partial]
+        subprocess.run(given, check=True, env={**os.environ, "PYTHONPATH": source})
+        Path(partial).rename(folder)
     return str(folder)
 
 
@@ -125,7 +137,7 @@ def main() -> None:
         model_name=model_folder(sys.argv[1]),
         dataset_name=write_conversations(),
         pack="none",
-        seq_length=160,
+        seq_length=144,
         tp_size=3,
         batch_size_per_gpu=10,
         learning_rate=1e-4,
