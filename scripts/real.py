@@ -163,7 +163,7 @@ def main() -> None:
         history = checkpoint.history(launch.run(engine.train_func, mine, engine.check))
         model = AutoModelForCausalLM.from_pretrained(export)
         found[name] = history, answer(model, tokenizer)
-    print("\n| | validation loss | tokens/s |\n|---|---|---|")
+    print("\n| | validation loss | trained tokens/s |\n|---|---|---|")
     print(f"| before | {start:.4f} | |")
     for name, (history, _) in found.items():
         rates = sorted(
