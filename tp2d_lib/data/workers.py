@@ -13,7 +13,7 @@ from tp2d_lib.data.documents import Document, size_of
 from tp2d_lib.data.encode import Encoded, EncodeError, Encoder
 
 CHUNK, SIZE = 500, 1 << 22  # documents, and their characters, that are encoded together
-MANY = 32 << 20  # bytes of conversations for which another process is worth its start
+MANY = 16 << 20  # bytes for which another process is worth its start
 
 
 def encode_all(
@@ -88,7 +88,7 @@ def processes(config: TrainConfig, size: int) -> int:
     """At most as many as the cores that this process may use, and one for little.
 
     Args:
-        size: bytes of conversations; texts are encoded by the tokenizer's own threads.
+        size: bytes of the dataset's files.
     """
     wanted = config.preprocessing_num_workers or 1 + size // MANY
     if wanted == 1:
