@@ -1,9 +1,9 @@
-# Each target makes .venv itself when it is missing. PYTHON may be 3.10 to 3.14.
+# Each target makes .venv itself when it is missing. PYTHON may be 3.11 to 3.14.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo readme site lint check test test-pairs test-decoders test-faults \
-	test-exports real bench sync figures template bump clean
+	test-exports test-fsdp2-only real bench sync figures template bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
@@ -33,6 +33,7 @@ test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU ch
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
 		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py \
 		tests/test_stores.py tests/test_options.py tests/autotp/test_engine.py \
+		tests/test_examples.py \
 		tests/lessons/test_jupyterlab.py
 
 test-exports: .venv/installed build/exports-env/installed  ## exports, read elsewhere
@@ -42,6 +43,16 @@ build/exports-env/installed:
 	$(PYTHON) -m venv build/exports-env
 	build/exports-env/bin/python -m pip install --quiet torch==2.13.0 \
 		transformers==4.57.6
+	touch $@
+
+test-fsdp2-only: .venv/installed build/fsdp2-env/installed  ## without DeepSpeed
+	$(BIN)/python -m pytest tests/fsdp/alone.py
+
+build/fsdp2-env/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv build/fsdp2-env
+	sed 's/\[.*\]//' requirements.txt > build/fsdp2-env/pins.txt
+	build/fsdp2-env/bin/python -m pip install --quiet \
+		--constraint build/fsdp2-env/pins.txt .
 	touch $@
 
 real: .venv/installed build/real/packages  ## fine-tune a model that speaks, three ways
@@ -79,6 +90,9 @@ clean:  ## remove what was built, not the environment
 	rm -rf build
 
 .venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit( \
+		"PYTHON=$(PYTHON) must be Python 3.11 to 3.14, not %d.%d; try: make PYTHON=python3.12" \
+		% sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

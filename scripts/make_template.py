@@ -103,11 +103,9 @@ def write_template(stem: str, build: Path, images: str | None) -> None:
     nbformat.write(notebook, folder / "README.ipynb")
     body, _ = MarkdownExporter().from_filename(str(folder / "README.ipynb"))
     (folder / "README.md").write_text(body)
-    shutil.copytree(
-        ROOT / "tp2d_lib",
-        folder / "tp2d_lib",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for source in ("tp2d_lib", "examples"):
+        shutil.copytree(ROOT / source, folder / source, ignore=unwanted)
     (folder / "images").mkdir()
     for image in re.findall(r"/images/([\w.]+)\)", body):
         shutil.copy(ROOT / "images" / image, folder / "images")

@@ -248,6 +248,14 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2
 
 
+def test_deepspeed_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    for name in [name for name in sys.modules if name.startswith("tp2d_lib.autotp")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main("autotp", "", ["--offline_demo", "--tp_size", "2"]) == 2
+    assert "must find the package deepspeed" in capsys.readouterr().err
+
+
 def test_mlflow_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
     demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]

@@ -48,7 +48,7 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
         if ranks is not None:
             given |= {"tp_size": 1, "dp_size": ranks}
         config = read_config(given)
-        module = importlib.import_module(f"tp2d_lib.{engine}")
+        module = import_engine(engine)
         predicts = is_dry_run or ranks is not None
         device = "cuda" if cluster else pick_device(config, predicts)
         config = replace(config, device=device)
@@ -63,6 +63,23 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     except (CheckpointError, ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def import_engine(name: str):
+    """The engine's module.
+
+    Raises:
+        ConfigError: DeepSpeed, which an installation may do without, is needed.
+    """
+    try:
+        return importlib.import_module(f"tp2d_lib.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise ConfigError(
+            "train_deepspeed.py must find the package deepspeed, which is not "
+            "installed; try pip install deepspeed, or train_fsdp.py"
+        ) from error
 
 
 def read_plan(ranks: int | None, plan: dict[str, Any]):

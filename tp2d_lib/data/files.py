@@ -37,7 +37,7 @@ class Dataset(NamedTuple):
     """
 
     parts: list[File | HubTable]
-    left_out: list[str]
+    left_out: list[str]  # names
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
@@ -60,7 +60,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         splits.setdefault(split, []).extend(parts)
     left_out = list(chain.from_iterable(rest for _, rest in found))
     if not splits:
-        raise no_dataset(config, f"none holds data: {listed(left_out)}")
+        raise no_dataset(config, f"none holds data: {listed(left_out) or 'no file'}")
     if config.dataset_split not in splits:
         raise ConfigError(
             f"dataset_split={config.dataset_split!r} must be a split of "
@@ -118,7 +118,8 @@ def of_name(name: str, config: TrainConfig) -> tuple[dict[str, list], list[str]]
 def of_files(splits: Splits, beside: list[str]) -> tuple[dict[str, list], list[str]]:
     has_data = lambda file: format_of(file) and os.path.getsize(file)  # noqa: E731
     read = {split: list(filter(has_data, files)) for split, files in splits.items()}
-    left_out = sorted(set(beside) - {*chain.from_iterable(read.values())})
+    rest = set(beside) - {*chain.from_iterable(read.values())}
+    left_out = sorted(map(os.path.basename, rest))
     return {s: list(map(File, files)) for s, files in read.items() if files}, left_out
 
 
@@ -189,7 +190,6 @@ def saved(folder: Path) -> list[str]:
     return [str(folder / file["filename"]) for file in files]
 
 
-def listed(files: list[str]) -> str:
-    """A few names of files, and how many more there are."""
-    shown = ", ".join(os.path.basename(file) for file in files[:3]) or "no file"
-    return shown + f" and {len(files) - 3} more" * (len(files) > 3)
+def listed(names: list[str]) -> str:
+    """A few names, and how many more there are."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
