@@ -91,7 +91,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then as well
     sizes, growth = {}, {}
     with tempfile.TemporaryDirectory(prefix="tp2d-bench-") as storage:
-        os.environ["HF_DATASETS_CACHE"] = f"{storage}/datasets"
         demo.write(f"{storage}/demo")
         print(f"{CORES} cores; median (lowest-highest) of {options.rounds} rounds")
         if not find_spec("accelerate"):

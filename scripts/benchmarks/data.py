@@ -43,7 +43,7 @@ def compare_data(rounds: int, storage: str) -> Table:
             return max(run(prepare, config, folder, workers, apart))
 
     with processes(4, threads=1) as run:
-        seconds()  # leaves the dataset's Arrow copy in the cache that all rows read
+        seconds()  # the first reads and imports
         measures = {
             "once, 1 worker": seconds,
             "once, 4 workers: one works, 3 wait": partial(seconds, workers=4),

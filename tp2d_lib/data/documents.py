@@ -84,8 +84,8 @@ def form_of(config: TrainConfig, part: File | HubTable, has_template: bool) -> F
         kind = "instruction" if has_template else "pair"
     elif names == PAIR:
         kind = "pair"
-    used = {*names, *BESIDE.get(names[0], ())}
-    return Form(names, kind, tuple(name for name in has if name not in used))
+    form = Form(names, kind)
+    return form._replace(others=tuple(name for name in has if name not in form.wanted))
 
 
 def names_of(

@@ -108,9 +108,9 @@ class Encoder:
                 trained |= (places[:, 0] < end) & (places[:, 1] > begin)
             if not isinstance(document, Chat):
                 start, ends = self.ends(ids)
-                ids, trained = ids[start:] + ends, np.append(trained[start:], ends)
-                trained = trained.astype(bool)
-                trained[-1] = True
+                ids = ids[start:] + ends
+                trained = np.append(trained[start:], np.ones(len(ends), bool))
+                trained[-1] = True  # the end, also where the text has it
             encoded.append(Encoded(ids, trained))
         return encoded
 
