@@ -362,3 +362,13 @@ def test_secrets_are_told_apart(monkeypatch):
     assert {k for k in given if k not in both} == {"CUDA_VISIBLE_DEVICES", "PATH"}
     assert {v for k, v in secrets.items() if k in given} >= {"secret"}
     assert not [value for value in variables.values() if "secret" in value]
+
+
+def test_a_folder_too_long_for_rays_sockets_is_told(tmp_path):
+    far = tmp_path / ("a" * 100)
+    far.mkdir()
+    environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(far)}
+    command = [sys.executable, "-c", "from tp2d_lib import launch; launch.connect()"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    last = run.stderr.splitlines()[-1]
+    assert f"ConfigError: RAY_TMPDIR={str(far)!r} must be short, because Ray" in last

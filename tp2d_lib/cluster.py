@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -64,7 +65,7 @@ def connect(pip: str | None = None) -> None:
     named = os.environ.get("RAY_ADDRESS") or started_here() or "local"
     with signals.handlers_kept():
         if named == "local":
-            init(pip, "local")
+            init_own(pip)
             hide_token()
         else:
             join(named, partial(init, pip))
@@ -75,6 +76,19 @@ def connect(pip: str | None = None) -> None:
         if own
         else f"joined the Ray cluster at {address}: {len(nodes())} nodes, {gpus()} GPUs"
     )
+
+
+def init_own(pip: str | None) -> None:
+    try:
+        init(pip, "local")
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise ConfigError(
+            f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR', tempfile.gettempdir())!r} must "
+            "be short, because Ray puts sockets there, whose names have at most 107 "
+            "bytes; try RAY_TMPDIR=/tmp"
+        ) from error
 
 
 def init(pip: str | None, address: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tp2d_lib.model import (
     load_model_config,
     weights,
 )
+from tp2d_lib.model import hub as hub_errors
 
 SHARDS = ["model-1.safetensors", "model-2.safetensors"]
 USED = ["config.json", "generation_config.json", files.INDEX, *SHARDS, "vocab.txt"]
@@ -267,6 +269,18 @@ def test_offline_only_the_cache_is_read(ranks, config, repository, folder):
     repository.requests.clear()
     assert ranks.run(offline, config, files.model_directory) == [expected(folder)] * 2
     assert not repository.requests
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
+    """And not the model, nor a file elsewhere that cannot be read."""
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "cache"
+    monkeypatch.setattr(constants, "HF_HOME", str(below))
+    config = TrainConfig(model_name="someone/model")
+    for path, said in ((below / "token", "HF_HOME=.* must be a"), (folder, "model_n")):
+        with pytest.raises(NotADirectoryError) as failed:
+            (path / "config.json" / "x").mkdir()
+        assert re.match(said, str(hub_errors.refused(config, failed.value)))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -17,6 +17,7 @@ from filelock import FileLock
 from tp2d_lib import store
 from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
 from tp2d_lib.data.records import FORMATS, File, HubTable, format_of
+from tp2d_lib.model.hub import cache_refused
 from tp2d_lib.validation import several
 
 NO_DATA = {"README.md", "LICENSE", "LICENSE.txt", "config.json", "state.json"}
@@ -54,7 +55,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
             of_name(on_disk(n, config), config) for n in several(config.dataset_name)
         ]
     except Exception as error:  # Hub and stores raise anything
-        raise no_dataset(config, error) from error
+        raise cache_refused(error) or no_dataset(config, error) from error
     splits: dict[str, list] = {}
     for split, parts in chain.from_iterable(each.items() for each, _ in found):
         splits.setdefault(split, []).extend(parts)

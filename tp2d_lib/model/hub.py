@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
+
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC}
 
 
 @contextmanager
@@ -37,6 +41,8 @@ def errors_explained(config: TrainConfig) -> Iterator[None]:
 
 def refused(config: TrainConfig, error: BaseException) -> ConfigError:
     """What to do about an error of a library that looked for a model."""
+    if no_cache := cache_refused(error):
+        return no_cache
     for cause in causes(error):
         if isinstance(cause, HfHubHTTPError):
             return ConfigError(denied(config, cause))
@@ -46,6 +52,20 @@ def refused(config: TrainConfig, error: BaseException) -> ConfigError:
         f"model_name={config.model_name!r} must be a model directory or a model on the "
         f"Hub; try 'Qwen/Qwen2.5-0.5B' ({first_line(error)})"
     )
+
+
+def cache_refused(error: BaseException) -> ConfigError | None:
+    """What to do if the folder where the Hub's libraries keep files cannot be used."""
+    folders = {constants.HF_HOME, constants.HF_HUB_CACHE}
+    folders |= {os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME)}
+    for cause in causes(error):
+        file = str(getattr(cause, "filename", None))
+        if getattr(cause, "errno", 0) in UNUSABLE and file.startswith((*folders,)):
+            return ConfigError(
+                f"HF_HOME={constants.HF_HOME!r} must be a folder for files of the Hub, "
+                f"which can be written ({first_line(cause)}); try HF_HOME=/tmp/hub"
+            )
+    return None
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
