@@ -115,6 +115,21 @@ def test_fingerprints_follow_the_dp_rank(path, execute):
     assert rows[0] == rows[1] != rows[2] == rows[3]
 
 
+def test_equal_seeds_copy_features(execute):
+    text = printed(execute(FSDP)[0])
+    rows = re.findall(r"^\((\d), (\d)\) +(\d+) +(\d+)$", text, re.MULTILINE)
+    assert rows == [("0", "0", "32", "32"), ("0", "1", "0", "64")]
+
+
+def test_one_file_to_copy_trains_as_the_engine(execute):
+    text = printed(execute(FSDP)[0])
+    assert number("differs from lesson 5 by", text) < 1e-5
+    shared, of = re.search(
+        r"(\d+) of (\d+) lines are", printed(execute(AUTOTP)[0])
+    ).groups()
+    assert int(shared) > int(of) / 2
+
+
 @each
 def test_the_model_learned(path, execute):
     text = printed(execute(path)[0])
