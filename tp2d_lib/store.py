@@ -165,6 +165,8 @@ class RemotePath:
 class Reader(io.RawIOBase):
     """A file in a store, of which parts are read."""
 
+    file = None  # until it is open
+
     def __init__(self, path: RemotePath):
         files, name = path.place
         self.file = files.open_input_file(name)
@@ -185,12 +187,15 @@ class Reader(io.RawIOBase):
         return self.file.readinto(buffer)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
         super().close()
 
 
 class Writer(io.RawIOBase):
     """A new file in a store, uploaded in parts while it is written."""
+
+    file = None  # until it is open
 
     def __init__(self, path: RemotePath):
         files, name = path.place
@@ -207,7 +212,8 @@ class Writer(io.RawIOBase):
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
         super().close()
 
 
