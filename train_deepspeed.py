@@ -4,9 +4,12 @@ python train_deepspeed.py --tp_size 2 --dp_size 2 --zero_stage 1
 python train_deepspeed.py --tp_size 2 --dp_size 2 --offline_demo
 """
 
+import signal
 import sys
 
-from tp2d_lib import cli
-
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports end without a traceback
+    from tp2d_lib import cli
+
     sys.exit(cli.main("autotp", __doc__.splitlines()[0]))

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -246,6 +247,26 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     assert commands.shards(cut / "checkpoint-000030") == commands.shards(whole)
     starts = list(yaml.safe_load_all((cut / "config.yaml").read_text()))
     assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "tp2d_lib.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train_fsdp.py", "train_deepspeed.py"])
+def test_ctrl_c_during_imports_shows_no_traceback(script):
+    command = [sys.executable, "-c", INTERRUPTED, str(ROOT / script), "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, "")
 
 
 def test_deepspeed_that_is_not_there_is_said(monkeypatch, capsys):

@@ -28,6 +28,8 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     given = vars(build_parser(engine, description).parse_args(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run_command(engine, given, argv)
     except (KeyboardInterrupt, SystemExit):  # the latter from Ray while it starts
