@@ -53,6 +53,7 @@ class Template:
 
     def __init__(self, tokenizer, day: date, has_tools: bool):
         self.tokenizer, self.options = tokenizer, {}
+        self.special = {*special_tokens(tokenizer)}
         self.source = tokenizer.get_chat_template(None, [{}] if has_tools else None)
         self.has_marks = bool(MARKS.search(self.source))
         if "strftime_now" in self.source:
@@ -89,17 +90,21 @@ class Template:
         begin, _, last = self.tried([ASKS, SPEAKS]).partition(HERE)
         between, _, inside = self.tried([ASKS, SPEAKS, ASKS]).partition(HERE)
         headers = {header_of(start, asked, prompt) for start in (begin, between)}
-        special = {*special_tokens(self.tokenizer)}
+        added = {t.content for t in self.tokenizer.added_tokens_decoder.values()}
+        added = set(filter(str.strip, added))  # Gemma's has runs of newlines
         # Another turn begins as one of the assistant does, or where both ends differ.
-        first = next((t for t in special for h in headers if h.startswith(t)), None)
+        firsts = {t for t in added for h in headers if h.startswith(t)}
+        first = next(iter(firsts), None)
         size = common(last, inside)
-        tokens = (m.span() for t in special for m in re.finditer(re.escape(t), inside))
+        tokens = (m.span() for t in added for m in re.finditer(re.escape(t), inside))
         size = min([size, *(a for a, b in tokens if a < size < b)])  # no part of one
         if first and first in inside:
             size = inside.index(first)
         end = inside[:size]
-        written = "".join([asked, *headers, end, last])
-        frame = {token for token in special if token in written or not begin}
+        around = "".join([asked, end, last])
+        written = around + "".join(headers)
+        frame = {t for t in self.special if t in written or not begin}
+        frame |= {t for t in added if t in around or t in firsts}  # not yet: <think>
         ends = [each for each in (end.rstrip(), last.rstrip()) if each]
         return headers, ends, frame
 
@@ -209,11 +214,17 @@ class Template:
             )
         return starts[0], len(text[:size].rstrip())
 
+    def as_text(self, found: re.Match) -> str:
+        """A token with marks; in two parts, where no setting splits it."""
+        token = found[0]
+        parts = [token] if token in self.special else [token[0], token[1:]]
+        return "".join(f"{OPEN}{part}{CLOSE}" for part in parts)
+
     def mark(self, value):
         """The same values, with marks around what reads like a frame of turns."""
         if isinstance(value, str):
             value = re.sub(f"[{OPEN}{CLOSE}]", "", value)
-            return self.frame.sub(rf"{OPEN}\g<0>{CLOSE}", value)
+            return self.frame.sub(self.as_text, value)
         if isinstance(value, dict):
             return {key: self.mark(each) for key, each in value.items()}
         return [self.mark(v) for v in value] if isinstance(value, list) else value
