@@ -214,7 +214,7 @@ def test_what_stays_sharded(execute):
 def test_bare_ray_train_leaves_a_checkpoint(execute):
     text = printed(execute(FSDP)[0])
     assert re.search(r"^\{'step': 3, 'loss': 7\.\d+\}$", text, re.MULTILINE)
-    folders = sorted(execute(FSDP)[1].glob("runs/*/checkpoint_*"))
+    folders = sorted(execute(FSDP)[1].glob("runs/ray_train_run-*/checkpoint_2*"))
     assert len(folders) == 3
     files = {path.name for path in folders[-1].iterdir()}
     assert files >= {".metadata", *(f"__{rank}_0.distcp" for rank in range(4))}
