@@ -40,7 +40,7 @@ IGNORED = -100  # the label of padding
 
 
 def tensor_parallel_plan(model) -> dict:
-    """The style of each module, by the model's own plan; ``part``: of the positions."""
+    """Each module's style, from the model's own plan; ``part``: of the positions."""
     whole, part, local = Replicate(), Shard(1), {"use_local_output": True}
     logits = {"output_layouts": Shard(-1), "use_local_output": False}
     styles = {
@@ -143,7 +143,7 @@ def train(given: dict) -> None:
         loss = engine.step(rows[[order(n // count)[n % count] for n in samples]])
         step, position = step + 1, position + config.dp_size * size
         if dist.get_rank() == 0:
-            sys.stdout.write(f"step {step} loss {loss:.6f}\n")  # print comes twice
+            sys.stdout.write(f"step {step} loss {loss:.6f}\n")  # Ray repeats print
         if step % config.checkpoint_every == 0 or step == config.max_steps:
             with tempfile.TemporaryDirectory() as folder:  # of this rank's part
                 engine.save(folder)

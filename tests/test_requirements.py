@@ -15,6 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as name_of
 
+from scripts.bump import read_pins
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -37,16 +39,11 @@ NAMED = RUNTIME | parsed(PROJECT["dependency-groups"]["test"])
 NAMED |= parsed(chain.from_iterable(EXTRAS.values()))
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return parsed([line.partition("#")[0] for line in lines if re.match(r"\w", line)])
-
-
 def test_every_pin_is_named_and_allowed():
-    for name, pin in pins().items():
+    for name, pin in read_pins((ROOT / "requirements.txt").read_text()).items():
         (exact,) = pin.specifier
         assert exact.operator == "==", name
-        assert NAMED[name].specifier.contains(exact.version), name
+        assert NAMED[name_of(name)].specifier.contains(exact.version), name
 
 
 def test_what_is_installed_is_allowed():

@@ -162,10 +162,22 @@ class RemotePath:
         files.delete_file(name)
 
 
-class Reader(io.RawIOBase):
-    """A file in a store, of which parts are read."""
+class Stream(io.RawIOBase):
+    """One of Arrow's files; where it cannot be opened, there is nothing to close."""
 
-    file = None  # until it is open
+    file = None
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        super().close()
+
+
+class Reader(Stream):
+    """A file in a store, of which parts are read."""
 
     def __init__(self, path: RemotePath):
         files, name = path.place
@@ -180,22 +192,12 @@ class Reader(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         return self.file.seek(offset, whence)
 
-    def tell(self) -> int:
-        return self.file.tell()
-
     def readinto(self, buffer) -> int:
         return self.file.readinto(buffer)
 
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        super().close()
 
-
-class Writer(io.RawIOBase):
+class Writer(Stream):
     """A new file in a store, uploaded in parts while it is written."""
-
-    file = None  # until it is open
 
     def __init__(self, path: RemotePath):
         files, name = path.place
@@ -207,14 +209,6 @@ class Writer(io.RawIOBase):
 
     def write(self, data) -> int:
         return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        super().close()
 
 
 def files(folder: Path | RemotePath) -> dict[str, int]:

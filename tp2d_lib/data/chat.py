@@ -81,7 +81,7 @@ class Template:
         return ""
 
     def of_turns(self) -> tuple[set[str], list[str], set[str]]:
-        """What is written before and after turns, and the special tokens of both.
+        """What is written before and after turns, and the tokens of both.
 
         Before a turn stands what a prompt for it ends with, which may be other for the
         last one; after it, what ends a turn between others, or else the last one.
@@ -94,17 +94,16 @@ class Template:
         added = set(filter(str.strip, added))  # Gemma's has runs of newlines
         # Another turn begins as one of the assistant does, or where both ends differ.
         firsts = {t for t in added for h in headers if h.startswith(t)}
-        first = next(iter(firsts), None)
         size = common(last, inside)
         tokens = (m.span() for t in added for m in re.finditer(re.escape(t), inside))
         size = min([size, *(a for a, b in tokens if a < size < b)])  # no part of one
-        if first and first in inside:
-            size = inside.index(first)
+        size = min((inside.index(t) for t in firsts if t in inside), default=size)
         end = inside[:size]
         around = "".join([asked, end, last])
         written = around + "".join(headers)
         frame = {t for t in self.special if t in written or not begin}
-        frame |= {t for t in added if t in around or t in firsts}  # not yet: <think>
+        # Others may be what a prompt opens a thought with, such as <think>.
+        frame |= {t for t in added if t in around or t in firsts}
         ends = [each for each in (end.rstrip(), last.rstrip()) if each]
         return headers, ends, frame
 

@@ -56,14 +56,14 @@ def refused(config: TrainConfig, error: BaseException) -> ConfigError:
 
 def cache_refused(error: BaseException) -> ConfigError | None:
     """What to do if the folder where the Hub's libraries keep files cannot be used."""
-    folders = {constants.HF_HOME, constants.HF_HUB_CACHE}
-    folders |= {os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME)}
+    datasets = os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME)
+    folders = constants.HF_HOME, constants.HF_HUB_CACHE, datasets
     for cause in causes(error):
-        file = str(getattr(cause, "filename", None))
-        if getattr(cause, "errno", 0) in UNUSABLE and file.startswith((*folders,)):
+        is_unusable = isinstance(cause, OSError) and cause.errno in UNUSABLE
+        if is_unusable and str(cause.filename).startswith(folders):
             return ConfigError(
-                f"HF_HOME={constants.HF_HOME!r} must be a folder for files of the Hub, "
-                f"which can be written ({first_line(cause)}); try HF_HOME=/tmp/hub"
+                f"HF_HOME={constants.HF_HOME!r} must be a writable folder for the "
+                f"Hub's files ({first_line(cause)}); try HF_HOME=/tmp/hub"
             )
     return None
 
