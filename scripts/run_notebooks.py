@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from base64 import b64decode
+from itertools import chain
 from pathlib import Path
 
 # So that `scripts` is found when this file is started by its path.
@@ -56,23 +57,33 @@ def plain(output) -> str:
     return output.get("text", "") or f"{shown}\n"
 
 
-def write_readme(executed: Path, readme: Path = ROOT / "README.md") -> bool:
-    """Write a notebook's summary into the README; returns whether the preset is demo.
+def results(executed: Path) -> dict[str, str]:
+    """The rows of a notebook's summary, without the speed, which differs each time."""
+    lines = [line.strip() for line in summary(executed).splitlines()]
+    rows = [re.split(r"  +", line, maxsplit=1) for line in lines if "  " in line]
+    return {what: value for what, value in rows[2:] if "tokens/s" not in what}
 
-    The speed is left out, because it differs each time. Its plots go beside the README.
+
+def write_readme(executed: list[Path], readme: Path = ROOT / "README.md") -> bool:
+    """Write the notebooks' results into the README; returns whether all are the demo's.
+
+    One table has a column for each notebook. Their plots go beside the README.
     """
-    name, printed = executed.stem, summary(executed)
-    if not re.search(r"^preset +demo$", printed, re.MULTILINE):
+    found = {path.stem: results(path) for path in executed}
+    if any(rows.get("preset") != "demo" for rows in found.values()):
         return False
-    book = nbformat.read(executed, as_version=4)
-    for tag in PLOTS.get(name, ()):
-        data = [o.get("data", {}) for o in make_site.tagged(book, tag).outputs]
-        [image] = [shown["image/png"] for shown in data if "image/png" in shown]
-        (readme.parent / "images" / f"{tag}.png").write_bytes(b64decode(image))
-    lines = [line for line in printed.splitlines() if "tokens/s" not in line]
-    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
-    text = "```\n" + "\n".join(lines) + "\n```\n"
-    readme.write_text(block.sub(lambda _: text, readme.read_text()))
+    for path in executed:
+        book = nbformat.read(path, as_version=4)
+        for tag in PLOTS.get(path.stem, ()):
+            data = [o.get("data", {}) for o in make_site.tagged(book, tag).outputs]
+            [image] = [shown["image/png"] for shown in data if "image/png" in shown]
+            (readme.parent / "images" / f"{tag}.png").write_bytes(b64decode(image))
+    lines = [["", *(f"`{name}`" for name in found)], ["---"] * (1 + len(found))]
+    for what in dict.fromkeys(chain.from_iterable(found.values())):
+        lines.append([what, *(rows.get(what, "") for rows in found.values())])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    block = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+    readme.write_text(block.sub(lambda _: table, readme.read_text()))
     return True
 
 
@@ -98,14 +109,16 @@ def main() -> None:
     parameters = {name: value(text) for name, text in arguments.p}
     build = arguments.build.resolve()
     os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
-    for notebook in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+    executed = []
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"), reverse=True)
+    for notebook in arguments.notebooks or notebooks:  # FSDP2's first
         started = time.time()
-        executed = execute(notebook, build, parameters)
+        executed.append(execute(notebook, build, parameters))
         print(f"\n{notebook.name}, executed in {time.time() - started:.0f} s\n")
-        print(summary(executed))
-        if arguments.write_readme and not write_readme(executed):
-            print("README.md is left unchanged: its figures are from the demo.")
-        print(f"Open: {executed}")
+        print(summary(executed[-1]))
+        print(f"Open: {executed[-1]}")
+    if arguments.write_readme and not write_readme(executed):
+        print("README.md is left unchanged: its figures are from the demo.")
     print("Pages:", *(f"\n  {page}" for page in make_site.write(build)), sep="")
 
 

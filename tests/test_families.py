@@ -1,7 +1,7 @@
 """The families that people train today, on both engines: parity with one process.
 
-The table in README.md is what is observed here; ``TP2D_WRITE_README=1`` writes it. For
-every decoder of transformers see tests/decoders.
+The table in docs/families.md is what is observed here; ``TP2D_WRITE_FAMILIES=1``
+writes it. For every decoder of transformers see tests/decoders.
 """
 
 import os
@@ -29,7 +29,7 @@ from tests.support.rules import FUSED
 from tp2d_lib.config import ConfigError
 from tp2d_lib.model import PlanError, attention
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
 ENGINES = {"fsdp": "FSDP2 + DTensor", "autotp": "DeepSpeed AutoTP"}
 VARIANT = ("padded", 2, "sgd")
@@ -188,13 +188,13 @@ def test_a_routers_own_loss_is_refused(engine, tmp_path):
         check(make_config(path, str(tmp_path), 1, 1, VARIANT))
 
 
-def test_the_readme_says_what_was_observed(observe):
+def test_the_page_says_what_was_observed(observe):
     lines = [["model family", *ENGINES.values()], ["---"] * (1 + len(ENGINES))]
     lines += [[f, *(observe(f, engine) for engine in ENGINES)] for f in FAMILIES]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if os.environ.get("TP2D_WRITE_README"):
-        README.write_text(BLOCK.sub(lambda _: table, README.read_text()))
-    assert BLOCK.findall(README.read_text()) == [table], (
-        "README.md must have the table that was observed; write it with "
-        "TP2D_WRITE_README=1 .venv/bin/python -m pytest tests/test_families.py"
+    if os.environ.get("TP2D_WRITE_FAMILIES"):
+        PAGE.write_text(BLOCK.sub(lambda _: table, PAGE.read_text()))
+    assert BLOCK.findall(PAGE.read_text()) == [table], (
+        "docs/families.md must have the table that was observed; write it with "
+        "TP2D_WRITE_FAMILIES=1 .venv/bin/python -m pytest tests/test_families.py"
     )

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+MARK = "<!-- decoders -->\n"
 CELLS = {
     ("fsdp", 1): "FSDP2 tp 1",
     ("fsdp", 2): "FSDP2 tp 2",
@@ -14,14 +15,12 @@ CELLS = {
     ("autotp", 2): "AutoTP tp 2",
 }
 INTRODUCTION = """\
-# Model families
-
 Every causal decoder of transformers {transformers}, made tiny (two layers, hidden size
 64, a vocabulary of 509) and trained on two ranks of one machine with torch {torch} and
 DeepSpeed {deepspeed}. *equal*: losses, gradient norms and every weight equal those of
 one process, with the setting beside it where the default is refused. Anything else is
 refused in the driver, before a worker starts, with the sentence quoted. What is not
-sharded is computed in full on every tp rank. `make test-decoders` makes this page.
+sharded is computed in full on every tp rank. `make test-decoders` writes this table.
 
 """
 
@@ -88,7 +87,8 @@ def write_page(results: dict[str, Result]) -> None:
     ]
     lines.insert(2, [f"{len(results)} families, *equal*:", "", *map(str, equal)])
     table = "".join(f"| {' | '.join(clean(c) for c in line)} |\n" for line in lines)
-    PAGE.write_text(INTRODUCTION.format(**versions) + table)
+    kept = PAGE.read_text().partition(MARK)[0]
+    PAGE.write_text(kept + MARK + INTRODUCTION.format(**versions) + table)
 
 
 def clean(cell: str) -> str:
