@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo readme site lint check test test-pairs test-decoders test-faults \
-	test-exports test-fsdp2-only real bench sync figures template bump clean
+	test-exports test-fsdp2-only real bench sync figures template links bump clean
 
 demo: .venv/installed  ## execute the notebooks, render them, print what they proved
 	$(BIN)/python scripts/run_notebooks.py
@@ -21,7 +21,7 @@ lint: .venv/installed  ## style, layers of imports, mirrored cells
 	$(BIN)/python scripts/sync_notebooks.py --check
 
 check: lint  ## for the inner loop: lint, then the tests that start no ranks
-	$(BIN)/python -m pytest -m "not ranks and not faults"
+	$(BIN)/python -m pytest -m "not ranks and not faults and not online"
 
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
@@ -83,8 +83,18 @@ template: .venv/installed  ## write build/template/ for Anyscale's gallery, and 
 	$(BIN)/python scripts/make_template.py
 	$(BIN)/python -m pytest -m "" -k template tests/scripts
 
-bump: .venv/installed  ## try the newest releases of the pins, print what breaks
-	$(BIN)/python scripts/bump.py
+links: .venv/installed  ## ask every address that is published; dates in tests/links.txt
+	$(BIN)/python -m pytest -m online tests/test_docs.py
+
+bump: .venv/installed  ## quick tests with the newest releases; print which are newer
+	$(PYTHON) -m venv --clear build/bump
+	sed 's/==/>=/' requirements.txt > build/bump/newest.txt
+	build/bump/bin/python -m pip install --quiet --requirement build/bump/newest.txt
+	build/bump/bin/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip freeze --exclude-editable > build/bump/pinned.txt
+	build/bump/bin/python -m pip freeze --exclude-editable | \
+		diff --side-by-side --suppress-common-lines build/bump/pinned.txt - || true
+	build/bump/bin/python -m pytest -m "not ranks and not faults and not online"
 
 clean:  ## remove what was built, not the environment
 	rm -rf build

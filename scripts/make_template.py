@@ -21,6 +21,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 ROOT = Path(__file__).resolve().parents[1]
 ANYSCALE = ROOT / "anyscale"
 LOCK = "python_depset.lock"
+FACTS = yaml.safe_load((ANYSCALE / "gallery.yaml").read_text())
 MINUTES = 20
 GALLERY = "https://github.com/anyscale/templates/tree/main/templates"
 RAW = "https://raw.githubusercontent.com/anyscale/templates/main/templates"
@@ -103,7 +104,7 @@ def write_template(stem: str, build: Path, images: str | None) -> None:
     nbformat.write(notebook, folder / "README.ipynb")
     body, _ = MarkdownExporter().from_filename(str(folder / "README.ipynb"))
     (folder / "README.md").write_text(body)
-    unwanted = shutil.ignore_patterns("__pycache__")
+    unwanted = shutil.ignore_patterns("__pycache__", "cli.py", "flags.py")
     for source in ("tp2d_lib", "examples"):
         shutil.copytree(ROOT / source, folder / source, ignore=unwanted)
     (folder / "images").mkdir()
@@ -119,18 +120,13 @@ def write_template(stem: str, build: Path, images: str | None) -> None:
     (tests / "tests.sh").write_text(TESTS.format(name=name, papermill=papermill[0]))
 
 
-def image() -> str:
-    """The image that the Containerfile starts from."""
-    return re.search(r"^FROM (\S+)", (ANYSCALE / "Containerfile").read_text(), re.M)[1]
-
-
 def build_entry(name: str) -> dict:
     """A template's entry in the gallery's BUILD.yaml."""
     return {
         "name": name,
-        "owner_team": "ray-train",
+        "owner_team": FACTS["owner_team"],
         "dir": f"templates/{name}",
-        "cluster_env": {"image_uri": image()},
+        "cluster_env": {"image_uri": FACTS["image"]},
         "compute_config": {
             "AWS": f"configs/{name}/aws.yaml",
             "GCP": f"configs/{name}/gce.yaml",
@@ -145,7 +141,7 @@ def build_entry(name: str) -> dict:
 
 def depset_entry(name: str) -> dict:
     """What recompiles a lock in the gallery, against the packages of its image."""
-    version, python, cuda = image().partition(":")[2].split("-")
+    _, python, cuda = FACTS["image"].partition(":")[2].split("-")
     freeze = f"dependencies/images/ray-${{RAY_VERSION}}-{python}-{cuda}.freeze.txt"
     lock = f"templates/{name}/{LOCK}"
     return {
@@ -159,8 +155,7 @@ def depset_entry(name: str) -> dict:
             "--python-platform=x86_64-manylinux_2_31",
             "--unsafe-package ray",
         ],
-        # The gallery names no CUDA version in the set of its default images.
-        "build_arg_sets": [f"ray{version.replace('.', '')}_{python}"],
+        "build_arg_sets": [FACTS["build_arg_set"]],
         "pre_hooks": [f"scripts/depsets/seed-image-freeze.sh {freeze} {lock}"],
     }
 

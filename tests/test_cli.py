@@ -161,6 +161,7 @@ def test_usage_is_short(capsys):
         ),
         (["--tp_size", "2", "--num_workers", "3"], "num_workers=3 must equal"),
         (["--tp_size", "2", "--config", "none.yaml"], "must be a YAML file"),
+        (["--tp_size", "2", "--pip", "gone"], "pip='gone' must be a requirements file"),
         (
             ["--tp_size", "2", "--resume_from", "gone"],
             "resume_from='gone' must be a run",
@@ -258,6 +259,8 @@ class Finder:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Finder)
+# As in a terminal: what a shell starts in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as name_of
 
-from scripts.bump import read_pins
+from tests.support.pins import read_pins
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -40,7 +40,7 @@ NAMED |= parsed(chain.from_iterable(EXTRAS.values()))
 
 
 def test_every_pin_is_named_and_allowed():
-    for name, pin in read_pins((ROOT / "requirements.txt").read_text()).items():
+    for name, pin in read_pins().items():
         (exact,) = pin.specifier
         assert exact.operator == "==", name
         assert NAMED[name_of(name)].specifier.contains(exact.version), name

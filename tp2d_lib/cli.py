@@ -45,12 +45,15 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
     launch.quiet()
     is_dry_run, ranks = given.pop("dry_run", False), given.pop("plan_mesh", None)
     plan = {name: given.pop(name, None) for name in PLAN}
+    pip = given.pop("pip", None)
     try:
         cluster = read_plan(ranks, plan)
         if ranks is not None:
             given |= {"tp_size": 1, "dp_size": ranks}
         config = read_config(given)
         module = import_engine(engine)
+        if pip is not None:
+            launch.connect(pip)
         predicts = is_dry_run or ranks is not None
         device = "cuda" if cluster else pick_device(config, predicts)
         config = replace(config, device=device)

@@ -53,9 +53,14 @@ def connect(pip: str | None = None) -> None:
 
     Raises:
         ConfigError: the cluster does not answer, or its token is not here, or it is
-            joined already, without ``tp2d_lib`` on some node.
+            joined already, without ``tp2d_lib`` on some node; or ``pip`` is no file.
     """
     global own
+    if pip is not None and not Path(pip).is_file():
+        raise ConfigError(
+            f"pip={pip!r} must be a requirements file on this machine; try "
+            "requirements.txt, or leave it out where every node has the packages"
+        )
     quiet()
     pickle_config_modules()
     for name, value in WORKER_ENV.items():

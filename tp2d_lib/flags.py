@@ -85,6 +85,11 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
         metavar="N",
         help="print memory and traffic on every mesh of N ranks, then exit",
     )
+    parser.add_argument(
+        "--pip",
+        metavar="FILE",
+        help="requirements that Ray installs for the workers, on every node",
+    )
     for name, (kind, metavar, text) in PLAN.items():
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     hints = get_type_hints(TrainConfig)

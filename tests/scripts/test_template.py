@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from scripts import make_template
-from scripts.bump import read_pins
+from tests.support.pins import read_pins
 from tp2d_lib.flags import build_parser, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ANYSCALE = ROOT / "anyscale"
 LOCK = (ANYSCALE / "python_depset.lock").read_text()
-PINS = read_pins((ROOT / "requirements.txt").read_text())
+FACTS = yaml.safe_load((ANYSCALE / "gallery.yaml").read_text())
+PINS = read_pins()
 NAMES = ["tp2d_deepspeed_autotp", "tp2d_fsdp2_dtensor"]
 each = pytest.mark.parametrize("name", NAMES)
 each_config = pytest.mark.parametrize(
@@ -45,12 +46,12 @@ def test_entries_have_the_gallerys_fields_and_point_at_files(template):
     for entry in entries:
         name = entry["name"]
         assert re.fullmatch(r"[a-z0-9_-]+", name)
-        assert entry.pop("owner_team") == "ray-train"
+        assert entry.pop("owner_team") == FACTS["owner_team"]
         assert entry["test"].pop("timeout_in_sec") > 0
         assert entry == {
             "name": name,
             "dir": f"templates/{name}",
-            "cluster_env": {"image_uri": make_template.image()},
+            "cluster_env": {"image_uri": FACTS["image"]},
             "compute_config": {
                 "AWS": f"configs/{name}/aws.yaml",
                 "GCP": f"configs/{name}/gce.yaml",
@@ -65,14 +66,14 @@ def test_entries_have_the_gallerys_fields_and_point_at_files(template):
 
 def test_a_lock_is_recompiled_for_the_image_that_runs_it(template):
     _, python, cuda = re.fullmatch(
-        r"anyscale/ray:(\d+\.\d+\.\d+)-(py\d+)-(cu\d+)", make_template.image()
+        r"anyscale/ray:(\d+\.\d+\.\d+)-(py\d+)-(cu\d+)", FACTS["image"]
     ).groups()
     for entry in yaml.safe_load((template / "template.depsets.yaml").read_text()):
         assert entry["output"].endswith("/python_depset.lock")
         assert entry["include_setuptools"] is True
         (seed,) = entry["pre_hooks"]
         assert f"/ray-${{RAY_VERSION}}-{python}-{cuda}.freeze.txt" in seed
-        assert entry["build_arg_sets"] == ["ray2570_py312"]  # as of 20 August 2026
+        assert entry["build_arg_sets"] == [FACTS["build_arg_set"]]
 
 
 @each_config
@@ -138,10 +139,8 @@ def test_the_lock_is_installed_here_and_on_every_node(template, name):
 
 
 def test_only_what_the_image_lacks_is_installed_at_our_own_versions():
-    wanted = read_pins((ANYSCALE / "requirements.txt").read_text())
+    wanted = read_pins(ANYSCALE / "requirements.txt")
     assert "ray" not in wanted
-    image = (ANYSCALE / "Containerfile").read_text()
-    assert set(re.findall(r"[a-z]+==[\d.]+", image)) == set(map(str, wanted.values()))
     locked = names_in(LOCK)
     for name, pin in wanted.items():
         assert pin.specifier == PINS[name].specifier
@@ -160,12 +159,18 @@ def test_the_lock_pins_every_package_by_hash_and_names_no_index():
 @each_job
 def test_a_retried_job_resumes_its_run(engine):
     job = yaml.safe_load((ANYSCALE / f"job_{engine}.yaml").read_text())
-    python, script, *argv = job["entrypoint"].split()
+    assert job["image_uri"] == FACTS["image"]
+    assert "requirements" not in job  # it would collide with the workers' `pip`
+    install, _, command = job["entrypoint"].partition(" && ")
+    lock = "anyscale/python_depset.lock"
+    assert re.fullmatch(rf"uv pip install -r {lock} --system --no-deps.*", install)
+    python, script, *argv = command.split()
     assert (python, script) == ("python", f"train_{engine}.py")
     assert (ROOT / script).is_file()
-    assert (ROOT / job["containerfile"]).is_file()
+    assert argv[-2:] == ["--pip", lock]
+    assert (ROOT / lock).stat().st_size < FACTS["requirements_limit"]
     module = {"fsdp": "fsdp", "deepspeed": "autotp"}[engine]
-    config = read_config(vars(build_parser(module, "").parse_args(argv)))
+    config = read_config(vars(build_parser(module, "").parse_args(argv[:-2])))
     assert config.num_workers == 8
     assert config.run_name == f"qwen2-7b-{engine}"
     assert config.storage_path.startswith("/mnt/cluster_storage/")
