@@ -352,6 +352,10 @@ def test_secrets_are_told_apart(monkeypatch):
         "AWS_REGION": "eu-central-1",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "MLFLOW_TRACKING_URI": "http://user:secret@host",
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "https_proxy": "http://user:secret@proxy:3128",
+        "NO_PROXY": "10.0.0.0/8",
+        "REQUESTS_CA_BUNDLE": "/etc/company.pem",
         "CUDA_VISIBLE_DEVICES": "0",
         "PATH": os.environ["PATH"],
     }

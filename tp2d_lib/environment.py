@@ -15,7 +15,10 @@ WORKER_ENV = {
     "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S": "60",  # before we end the attempt
 }
 SENT = re.compile(
-    "(HF|AWS|GOOGLE|NCCL|TORCH|PYTORCH|CUDA|MLFLOW|WANDB)_|STORAGE_EMULATOR_HOST$"
+    "(HF|AWS|GOOGLE|NCCL|GLOO|TORCH|PYTORCH|CUDA|MLFLOW|WANDB)_|STORAGE_EMULATOR_HOST$"
+    # A store, the Hub and MLflow behind a proxy; certificates of whoever runs it.
+    "|(?i:https?_proxy|no_proxy|all_proxy)$"
+    "|SSL_CERT_(FILE|DIR)$|(REQUESTS|CURL)_CA_BUNDLE$"
 )
 KEPT = ("CUDA_VISIBLE_DEVICES",)  # Ray sets it on each worker
 SECRET = re.compile("TOKEN|SECRET|KEY|PASSWORD|CREDENTIAL")

@@ -3,7 +3,8 @@
 A logit costs up to 16 bytes while its loss is computed: itself, its float32 copy, and
 what the softmax and its gradient hold. With 152,000 of them for every token that is
 often more than the whole decoder keeps. Liger's fused linear cross-entropy computes the
-gradient in the forward pass, too, but knows no vocabulary that is sharded over tp.
+gradient in the forward pass, too, but for a whole vocabulary; its cross-entropy for one
+that is sharded over tp (since Liger 0.8.1) needs all logits at once.
 """
 
 from __future__ import annotations
