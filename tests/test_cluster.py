@@ -379,7 +379,7 @@ def test_a_folder_too_long_for_rays_sockets_is_told(tmp_path):
 
 
 def test_workers_of_uv_run_have_the_drivers_interpreter():
-    """Ray's own way starts each by `uv run` in a copy of the folder, and fails there."""
+    """Ray's way starts each by `uv run` in a copy of the folder, and fails there."""
     code = "import tp2d_lib, ray; print(ray._private.ray_constants.{})"
     code = code.format("RAY_ENABLE_UV_RUN_RUNTIME_ENV")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
