@@ -20,6 +20,7 @@ from tests.support.parity import (
 )
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.autotp import engine as autotp_engine
+from tp2d_lib.autotp import universal
 from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.zero import deepspeed_config
 from tp2d_lib.checkpoint import manifest
@@ -317,7 +318,7 @@ def test_the_plan_may_change_with_the_checkpoint(models, references, pools, tmp_
 
 
 def test_the_driver_converts_once_before_the_workers(
-    models, references, pools, tmp_path, capsys
+    models, references, pools, tmp_path, capsys, monkeypatch
 ):
     """The newest checkpoint is damaged, so the one before it; and only if needed."""
     variant, run = VARIANTS[0], tmp_path / "run"
@@ -334,6 +335,8 @@ def test_the_driver_converts_once_before_the_workers(
 
     moved = make_config(models["llama"], str(tmp_path), 1, 4, 1, variant)
     moved = replace(moved, run_name="run")
+    later = "import multiprocessing as m; m.set_start_method('forkserver')\n"
+    monkeypatch.setattr(universal, "CONVERT", later + universal.CONVERT)  # 3.14's way
     autotp.prepare_start(moved)
     said = capsys.readouterr().out
     assert said == "converting checkpoint-000002 for another layout, once\n"

@@ -29,11 +29,15 @@ LAYOUT = ("tp_size", "dp_size", "zero_stage")
 PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
 
 
+# Its processes must inherit what they may load, so they are forked; Python 3.14 does
+# not do so by itself.
 CONVERT = """
+import multiprocessing
 from deepspeed.checkpoint import ds_to_universal
 from tp2d_lib.autotp import files
 from tp2d_lib.checkpoint import plain
 
+multiprocessing.set_start_method("fork", force=True)
 arguments = ds_to_universal.parse_arguments()
 with plain.only(arguments.input_folder, files.ALLOWED):
     ds_to_universal.main(arguments)
