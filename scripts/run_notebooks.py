@@ -78,7 +78,8 @@ def write_readme(executed: list[Path], readme: Path = ROOT / "README.md") -> boo
             data = [o.get("data", {}) for o in make_site.tagged(book, tag).outputs]
             [image] = [shown["image/png"] for shown in data if "image/png" in shown]
             (readme.parent / "images" / f"{tag}.png").write_bytes(b64decode(image))
-    lines = [["", *(f"`{name}`" for name in found)], ["---"] * (1 + len(found))]
+    python = "Python {}.{}".format(*sys.version_info)  # its documentation is the corpus
+    lines = [[python, *(f"`{name}`" for name in found)], ["---"] * (1 + len(found))]
     for what in dict.fromkeys(chain.from_iterable(found.values())):
         lines.append([what, *(rows.get(what, "") for rows in found.values())])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

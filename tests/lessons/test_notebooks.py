@@ -317,11 +317,13 @@ def test_the_readme_says_what_was_proved(execute, tmp_path):
         assert (ROOT / "images" / image.name).is_file()
     old, new = results_in(committed), results_in(readme.read_text())
     assert old.keys() == new.keys()
+    version = "| Python {}.{} |".format(*sys.version_info)
+    same_corpus = version in committed  # it is Python's own documentation
     assert len(new) >= 10
     for what, values in new.items():
         for was, value in zip(old[what], values, strict=True):
             if what in ("preset", "loss") or not value:
-                assert was == value
+                assert was == value or (what == "loss" and not same_corpus)
             else:
                 assert max(float(was), float(value)) < 1e-5, what
 
