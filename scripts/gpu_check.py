@@ -50,7 +50,6 @@ CHECKS = {
     "save, load, resume": files.resume,
     "async checkpoint": files.async_checkpoint,
     "export": files.export,
-    "profiler": files.profile,
     "memory and traffic": cost.memory_and_traffic,
     "speed": cost.speed,
 }

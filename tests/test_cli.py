@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 
 from tests.support import commands
@@ -33,7 +32,6 @@ SAMPLES = {  # a flag's text and the value it must become, where one text does n
     "device": "cpu",
     "dtype": "float32",
     "tp_preset": "llama",
-    "report_to": "mlflow",
 }
 
 
@@ -112,6 +110,15 @@ def test_numbers_of_yaml_are_numbers(tmp_path):
     assert (config.learning_rate, config.warmup_ratio) == (1e-5, 0.1)
     file.write_text("tp_size: 2\nlearning_rate: fast\n")
     with pytest.raises(ConfigError, match="learning_rate='fast' must be float"):
+        read_config({"config": str(file)})
+
+
+def test_a_setting_that_went_may_stay_in_a_file_at_its_default(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("tp_size: 2\nz_loss: 0.0\nreport_to: null\n")
+    assert read_config({"config": str(file)}).tp_size == 2
+    file.write_text("tp_size: 2\nz_loss: 1.0e-4\n")
+    with pytest.raises(ConfigError, match=r"z_loss=0.0001 in .* must be left out"):
         read_config({"config": str(file)})
 
 
@@ -278,13 +285,3 @@ def test_deepspeed_that_is_not_there_is_said(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     assert cli.main("autotp", "", ["--offline_demo", "--tp_size", "2"]) == 2
     assert "must find the package deepspeed" in capsys.readouterr().err
-
-
-def test_mlflow_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
-    demo = ["--offline_demo", "--storage_path", str(tmp_path), "--tp_size", "2"]
-    try:
-        assert cli.main("fsdp", "", [*demo, "--report_to", "mlflow"]) == 2
-    finally:
-        ray.shutdown()
-    assert "report_to='mlflow' must find the MLflow library" in capsys.readouterr().err

@@ -135,8 +135,7 @@ def test_the_driver_judges_by_the_clusters_hardware(nodes, tmp_path, capsys):
         assert config.device == "cuda"
         assert launch.pick_dtype(config) == "auto"
         placement.check_nodes(config)
-        for valid in ({"dtype": "float16"}, {"bf16_master_weights": True}):
-            autotp.check(replace(config, **valid))
+        autotp.check(replace(config, dtype="float16"))
         with pytest.raises(ConfigError, match="zero_stage=0 cannot be combined"):
             autotp.check(replace(config, zero_stage=0))
         busy = ray.util.placement_group([{"GPU": 1}])

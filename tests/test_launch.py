@@ -146,7 +146,7 @@ def test_long_work_is_announced_and_a_finished_run_exports_again(
     """What stays undeleted is told once; nothing of it is a hang, or fails the run."""
     cluster()
     settings = {"max_steps": 3, "checkpoint_every": 1, "save_total_limit": 1}
-    settings |= {"profile_steps": 1, "async_checkpoint": True}
+    settings |= {"async_checkpoint": True}
     settings |= {"export_to": str(tmp_path / "export"), "run_name": "again"}
     config = build_config("demo", str(tmp_path), tp_size=2, device="cpu", **settings)
     config = launch.prepare(fsdp.check(replace(config, dtype="float32")))
@@ -161,7 +161,7 @@ def test_long_work_is_announced_and_a_finished_run_exports_again(
     assert kept == ["000001", "000002"]
     assert list(last.parent.glob("checkpoint-*")) == [last]
     noted = {path.name for path in tmp_path.glob("* in *")}
-    assert noted == {"own in on_step_end", "profile in profile"}
+    assert noted == {"own in on_step_end"}
 
 
 def fails(config):

@@ -7,7 +7,6 @@ import torch
 from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
-    get_wsd_schedule,
 )
 
 from tp2d_lib.loop import SaveSchedule
@@ -33,7 +32,6 @@ def test_warm_up_is_linear_and_reaches_the_peak(config):
 
 SCHEDULES = {
     "cosine": get_cosine_with_min_lr_schedule_with_warmup,
-    "warmup_stable_decay": get_wsd_schedule,
     "linear": get_linear_schedule_with_warmup,
 }
 
@@ -44,9 +42,7 @@ def test_schedules_are_those_of_transformers(config, name, lowest):
     """After the warm-up; in it, theirs wastes the first step on a rate of zero."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     settings = {"num_warmup_steps": 10, "num_training_steps": 100}
-    if name == "warmup_stable_decay":
-        settings |= {"num_decay_steps": 20, "min_lr_ratio": lowest}
-    elif name == "cosine":
+    if name == "cosine":
         settings |= {"min_lr_rate": lowest}
     schedule = SCHEDULES[name](optimizer, **settings)
     expected = []
@@ -56,8 +52,6 @@ def test_schedules_are_those_of_transformers(config, name, lowest):
         optimizer.step()
         schedule.step()
     own = {"lr_scheduler_type": name, "min_lr_ratio": lowest}
-    if name == "warmup_stable_decay":
-        own["decay_ratio"] = 0.2
     got = rates(config, 100, warmup_ratio=0.1, **own)
     assert got[10:] == pytest.approx(expected[10:])
     assert rates(config, 100, warmup_ratio=0.5, warmup_steps=10, **own) == got
@@ -69,10 +63,8 @@ def test_short_runs_have_a_rate(config):
     for name in (*SCHEDULES, "constant"):
         for total in range(1, 6):
             for warmup in (0, 1, 3, 9):
-                own = {"warmup_steps": warmup}
-                if name == "warmup_stable_decay":
-                    own["decay_ratio"] = 1.0
-                got = rates(config, total, lr_scheduler_type=name, **own)
+                own = {"warmup_steps": warmup, "lr_scheduler_type": name}
+                got = rates(config, total, **own)
                 assert all(0 < rate <= 1 for rate in got), (name, total, warmup)
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW's settings, label smoothing and z-loss, as in one process."""
+"""Parameter groups and AdamW's settings, as in one process."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -18,25 +18,10 @@ from tests.support.parity import (
 )
 from tests.support.reference import LOST
 from tp2d_lib.model.chunks import compute_loss_in_chunks
-from tp2d_lib.model.loss import RegularizedLoss, regularize
 
-OWN = {
-    "weight_decay": 0.5,
-    "decay": "matrices",
-    "label_smoothing_factor": 0.1,
-    "z_loss": 1e-2,
-}
+OWN = {"weight_decay": 0.5, "decay": "matrices"}
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 VARIANT = ("padded", 2, "adamw")
-
-
-def loss_of(logits, labels) -> torch.Tensor:
-    """Summed over the tokens that count, from torch's own functions."""
-    smooth = F.cross_entropy(
-        logits, labels, reduction="sum", label_smoothing=OWN["label_smoothing_factor"]
-    )
-    z = logits.logsumexp(-1)[labels != -100].square().sum()
-    return smooth + OWN["z_loss"] * z
 
 
 def train_reference(path: str, variant: tuple) -> tuple:
@@ -60,7 +45,8 @@ def train_reference(path: str, variant: tuple) -> tuple:
         for ids, labels in step:
             mask = (labels != -100).long()
             logits = model(ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
-            loss = loss_of(logits, labels[:, 1:].flatten()) / valid
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits, targets, reduction="sum") / valid
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -152,36 +138,6 @@ def test_zero_3_goes_on_with_two_groups_on_another_mesh(model, pools, tmp_path):
     )
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-5)
-
-
-def test_gradients_are_those_of_torch():
-    """In double precision, to its last digits; one rank, the whole vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 11, generator=generator, dtype=torch.double) * 5
-    labels = torch.tensor([0, 10, -100, 3, 3, -100, 7])
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    loss = RegularizedLoss.apply(ours, labels, 0, 11, None, 0.1, 1e-2)
-    expected = loss_of(theirs, labels)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    (3 * loss).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "cohere"])
-def test_a_validation_loss_is_the_plain_one(name, tmp_path):
-    """Also of models that call their loss in a way of their own."""
-    plain = AutoModelForCausalLM.from_pretrained(write_model(name, tmp_path))
-    config = make_config(str(tmp_path / name), str(tmp_path), 1, 1, VARIANT, **OWN)
-    ids = torch.arange(20).view(1, -1)
-    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(19)}
-    expected = plain.eval()(**inputs).loss
-    logits = plain(ids).logits[0, :-1].float()
-    regularize(plain, config, None)
-    assert torch.equal(plain(**inputs).loss, expected)
-    torch.testing.assert_close(
-        plain.train()(**inputs).loss, loss_of(logits, ids[0, 1:]) / 19
-    )
 
 
 def test_a_frozen_head_is_computed_in_chunks(model, tmp_path):

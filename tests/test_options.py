@@ -65,17 +65,14 @@ def test_autocast_computes_in_bfloat16_and_sends_float32(plain, pools):
 
 
 def test_fewer_bytes_for_the_same_steps(plain, pools):
-    """Of two micro-batches: weights gathered four times, twice, then once."""
+    """Of two micro-batches: weights gathered four times, then twice."""
     usual = replace(plain, gradient_accumulation_steps=2)
     kept = replace(usual, reshard_after_forward=False)
-    once = replace(kept, sync_each_batch=False)
-    for answers in pools(4, "fsdp").run(train, "fsdp", [usual, kept, once]):
-        (steps, weights, sent), (_, _, sent_kept), (_, _, sent_once) = answers
-        for got, trained, _ in answers[1:]:
-            torch.testing.assert_close(got, steps, rtol=1e-5, atol=0)
-            torch.testing.assert_close(trained, weights, rtol=0, atol=1e-5)
+    for answers in pools(4, "fsdp").run(train, "fsdp", [usual, kept]):
+        (steps, weights, sent), (_, _, sent_kept) = answers
+        torch.testing.assert_close(answers[1][0], steps, rtol=1e-5, atol=0)
+        torch.testing.assert_close(answers[1][1], weights, rtol=0, atol=1e-5)
         assert sent_kept < 0.8 * sent  # the head's are gathered once anyway
-        assert sent_once == pytest.approx(sent_kept / 2, rel=0.01)
 
 
 class Reads(TorchDispatchMode):
@@ -180,7 +177,6 @@ def test_deterministic_trains_the_same(engine, plain, pools):
             {"autocast": True, "dtype": "float32"},
             "autocast=True must be combined with bf",
         ),
-        (autotp, {"sync_each_batch": False}, "sync_each_batch=False must be left to"),
         (autotp, {"autocast": True}, "autocast=True must be left to FSDP2"),
         (
             autotp,

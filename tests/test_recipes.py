@@ -1,13 +1,18 @@
 """Every block of docs/recipes.md runs, on two ranks and with both engines."""
 
+import gzip
 import io
+import json
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
 from tp2d_lib import autotp, data, fsdp, loop
@@ -49,6 +54,8 @@ def run_recipe(engine: str, recipe: str, config):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(loop.checkpoint, "commit", lambda *_: None)  # it needs Ray
+        patch.setenv("MLFLOW_TRACKING_URI", f"file://{config.storage_path}/mlflow")
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         names["train_func"](config)
     return seen | {"said": said.getvalue()}
 
@@ -68,22 +75,15 @@ def recipes(demo_paths, pools, tmp_path_factory):
                 "device": "cpu",
             }
             settings |= {"prepared_data": str(data.prepare(config)), "dtype": "float32"}
-            found[engine] = {
+            config = replace(config, **settings)
+            found[engine] = {"config": config} | {
                 title: pools(2, engine).run(
                     run_recipe,
                     engine,
                     title,
-                    make_config(
-                        demo_paths,
-                        folder,
-                        2,
-                        1,
-                        max_steps=STEPS,
-                        run_name=f"run-{number}",
-                        **settings,
-                    ),
+                    replace(config, run_name=f"run-{number}"),
                 )[0]
-                | {"events": folder / f"run-{number}" / "tensorboard"}
+                | {"run": folder / f"run-{number}"}
                 for number, title in enumerate(RECIPES)
             }
         return found[engine]
@@ -95,7 +95,7 @@ def recipes(demo_paths, pools, tmp_path_factory):
 def test_every_recipe_does_what_it_says(recipes, engine):
     done = recipes(engine)
     plain = done["As it is"]
-    assert len(done) == 7
+    assert len(done) == 11
     assert len(plain["losses"]) == STEPS
 
     hotter = done["Change the loss"]
@@ -109,10 +109,19 @@ def test_every_recipe_does_what_it_says(recipes, engine):
     rates = done["Your own parameter groups"]["rates"]
     assert all(slow == pytest.approx(fast / 10) for fast, slow in rates)
 
-    assert done["A schedule of your own"]["rates"] == [[1e-2]] * STEPS
-    assert plain["rates"][-1] != [1e-2]
+    losses, norms = zip(*done["Label smoothing and z-loss"]["losses"], strict=True)
+    loss, norm = first_step(done["config"])
+    assert losses[0] == pytest.approx(loss, rel=1e-5)
+    assert norms[0] == pytest.approx(norm, rel=1e-4)
+    assert losses[0] > plain["losses"][0][0] + 1e-3
 
-    drawn = EventAccumulator(str(done["Another number in TensorBoard"]["events"]))
+    peak = done["config"].learning_rate
+    rates = [rate for (rate, *_) in done["A schedule of your own"]["rates"]]
+    assert rates == pytest.approx([*[peak] * (STEPS - 1), peak / 2], rel=1e-6)
+
+    drawn = EventAccumulator(
+        str(done["Another number in TensorBoard"]["run"] / "tensorboard")
+    )
     (drawn,) = drawn.Reload().Scalars("own/size_of_weights")
     assert drawn.step == 10
     assert drawn.value > 1
@@ -120,8 +129,35 @@ def test_every_recipe_does_what_it_says(recipes, engine):
     assert "half of the steps are done" in done["Something after each step"]["said"]
     assert "half of the steps" not in plain["said"]
 
+    for rank in range(2):
+        trace = done["A profile"]["run"] / f"rank{rank}.json.gz"
+        names = [
+            e.get("name", "")
+            for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        ]
+        assert sum(name.startswith("ProfilerStep") for name in names) == 3
+
+    (run,) = done["MLflow, or another tracker"]["run"].parent.glob("mlflow/*/*/metrics")
+    assert {path.name for path in run.iterdir()} >= {"loss", "grad_norm"}
+
+
+def first_step(config) -> tuple[float, float]:
+    """Loss and norm of the first step by torch's own functions, in one process."""
+    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    batch = next(iter(data.BatchLoader(config, Path(config.prepared_data), dp_rank=0)))
+    total, valid = 0.0, float(data.valid_tokens(batch))
+    for micro in batch:
+        logits = model(micro["input_ids"]).logits[:, :-1].flatten(0, 1)
+        labels = micro["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+        loss += 1e-4 * logits.logsumexp(-1)[labels != -100].square().sum()
+        (loss / valid).backward()
+        total += loss.item() / valid
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    return total, norm.item()
+
 
 def test_recipes_are_short():
     for title, code in RECIPES.items():
         lines = [line for line in code.splitlines() if line.strip()]
-        assert len(lines) <= 20, title
+        assert len(lines) <= 40, title

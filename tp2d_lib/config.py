@@ -148,14 +148,11 @@ class TrainConfig:
     lr_scheduler_type: str = setting(
         "cosine",
         "schedule after the linear warm-up",
-        ("cosine", "linear", "constant", "warmup_stable_decay"),
+        ("cosine", "linear", "constant"),
     )
     warmup_ratio: float = setting(0.03, "fraction of steps used for warm-up, 0 to 1")
     warmup_steps: int | None = setting(
         None, "steps used for warm-up; if omitted, by warmup_ratio"
-    )
-    decay_ratio: float = setting(
-        0.1, "fraction of steps in which warmup_stable_decay goes down, 0 to 1"
     )
     min_lr_ratio: float = setting(
         0.0, "learning rate at the end, as a fraction of the peak, 0 to 1"
@@ -165,13 +162,6 @@ class TrainConfig:
         "all",
         "what weight_decay shrinks: all, or matrices: no norms and no biases",
         ("all", "matrices"),
-    )
-    label_smoothing_factor: float = setting(
-        0.0, "share of a label that is spread over the vocabulary, below 1"
-    )
-    z_loss: float = setting(
-        0.0,
-        "weight of log(Z)^2 in the loss, where Z normalises the softmax; PaLM: 1e-4",
     )
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this")
     nonfinite: str = setting(
@@ -216,11 +206,6 @@ class TrainConfig:
         "weights are communicated in float32",
     )
     compile: bool = setting(False, "torch.compile the attention and MLP of each layer")
-    bf16_master_weights: bool = setting(
-        False,
-        "DeepSpeed: keep master weights and optimizer state in bfloat16; saves memory, "
-        "but loses small updates",
-    )
     activation_checkpointing: str = setting(
         "none",
         "activations that are computed again in backward instead of being stored; "
@@ -232,11 +217,6 @@ class TrainConfig:
         True,
         "FSDP2: free a layer's gathered weights after forward and gather them again in "
         "backward; without it weights are sent once, and each rank holds all of them",
-    )
-    sync_each_batch: bool = setting(
-        True,
-        "FSDP2: reduce the gradient of each micro-batch; without it only their sum is "
-        "sent, and each rank holds all gradients meanwhile",
     )
     loss_chunk_tokens: int | None = setting(
         None,
@@ -277,14 +257,6 @@ class TrainConfig:
         "ended; if omitted, five times the slowest step seen, at least two minutes",
     )
     log_interval: int = setting(10, "steps between log lines")
-    report_to: str | None = setting(
-        None, "log there as well; TensorBoard logs are always written", ("mlflow",)
-    )
-    profile_steps: int = setting(
-        0,
-        "write a torch.profiler trace of this many steps, after the first, to the "
-        "run's folder",
-    )
     export_to: str | None = setting(
         None, "write the trained model here as plain Hugging Face safetensors"
     )

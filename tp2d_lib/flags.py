@@ -27,6 +27,15 @@ GROUPS = {  # the field that begins a group of flags -> its title
     "storage_path": "run",
 }
 DEFAULTS = {"model_name": "Qwen/Qwen2-7B"}
+DROPPED = {  # settings of older releases, and what they were if nobody set them
+    "decay_ratio": 0.1,
+    "label_smoothing_factor": 0.0,
+    "z_loss": 0.0,
+    "report_to": None,
+    "profile_steps": 0,
+    "bf16_master_weights": False,
+    "sync_each_batch": True,
+}
 ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
 PLAN = {  # what goes with --plan_mesh: type, metavar, help
     "plan_gpu": (str, "NAME", "with --plan_mesh: speeds on such a GPU, say H100"),
@@ -208,7 +217,13 @@ def values_in(path: Path | store.RemotePath) -> dict[str, Any]:
         ) from error
     names = {f.name: f.name for f in fields(TrainConfig)}
     names |= {flag: name for name, flag in FLAGS.items()}
+    values = {k: v for k, v in values.items() if (k, v) not in DROPPED.items()}
     for key in values:
+        if key in DROPPED:
+            raise ConfigError(
+                f"{key}={values[key]!r} in config={str(path)!r} must be left out: it "
+                "is not a setting any more; docs/recipes.md may have it"
+            )
         if key not in names:
             raise ConfigError(
                 f"{key!r} in config={str(path)!r} must be a field of TrainConfig; "

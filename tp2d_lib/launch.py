@@ -28,7 +28,7 @@ from tp2d_lib.checkpoint import lease, manifest, resume, storage
 from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model import determinism
-from tp2d_lib.monitor import failures, progress, reporting, signals
+from tp2d_lib.monitor import failures, progress, signals
 from tp2d_lib.placement import gpus, pick_device, pick_dtype
 
 __all__ = [
@@ -110,30 +110,22 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     connect()
     placement.check_nodes(config)
     storage.append(config, "config.yaml", as_yaml(config))
-    callbacks = [reporting.MLflowCallback(config)] if config.report_to else []
-    status = "FAILED"
     try:
         with (
             progress.Watcher(config) as watcher,
             signals.on_first_signal(watcher.stop_training) as caught,
         ):
             held.on_loss(watcher.end_attempt)
-            trainer = partial(
-                build_trainer, train_func, config, callbacks, held.holder, watcher
-            )
+            trainer = partial(build_trainer, train_func, config, held.holder, watcher)
             result = attempts.fit(trainer, config, watcher, caught)
         if result.checkpoint is None:  # the workers found nothing left to train
             result = result_of(config, watcher.total, watcher.start)
         early = caught and result.metrics["step"] < watcher.total
-        status = "KILLED" if early else "FINISHED"
     except KeyboardInterrupt as error:
         cluster.free_workers()  # else those of a notebook would go on
         raise Stopped(
             str(error) or "a second signal: at once, without saving"
         ) from error
-    finally:
-        for callback in callbacks:
-            callback.finish(status)
     if early:
         raise Stopped(f"{caught[0]} after step {result.metrics['step']}")
     return result
@@ -159,7 +151,7 @@ def saved(config: TrainConfig) -> str:
 
 
 def build_trainer(
-    train_func, wanted: TrainConfig, callbacks, holder, watcher: progress.Watcher
+    train_func, wanted: TrainConfig, holder, watcher: progress.Watcher
 ) -> tuple[TorchTrainer, Callable[[], bool] | None]:
     """The trainer of an attempt, and, if it is narrower than wanted, what to ask
     whether there is room for the whole again.
@@ -192,7 +184,6 @@ def build_trainer(
             name=config.run_name,
             storage_path=path,
             storage_filesystem=files,
-            callbacks=callbacks,
             worker_runtime_env={"env_vars": variables},
             failure_config=never_retry(),
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
@@ -11,7 +13,6 @@ from tp2d_lib.evaluate import evaluate
 from tp2d_lib.model.attention import check_apart
 from tp2d_lib.monitor import health, progress
 from tp2d_lib.monitor.metrics import Metrics
-from tp2d_lib.monitor.profile import profiler
 from tp2d_lib.schedule import learning_rate
 
 
@@ -21,6 +22,7 @@ def run(
     config: TrainConfig,
     schedule: Callable[[int, int, TrainConfig], float] = learning_rate,
     on_step_end: Callable[..., dict[str, float] | None] | None = None,
+    on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
     """Train from the latest checkpoint, or from the start, to the end of the data.
 
@@ -31,6 +33,7 @@ def run(
             the optimizer may have an ``lr_scale`` and a ``weight_decay_scale``.
         on_step_end: called on every rank after each step; the numbers that it returns
             on rank 0 are logged to TensorBoard.
+        on_log: called on rank 0 with each log record, as soon as there is one.
     """
     driver = progress.WorkerProgress(config.run_name)
     state = checkpoint.restore(engine, config, driver.notify)
@@ -41,43 +44,48 @@ def run(
         check_apart(engine, config)
     driver.publish({"start": start, "total": total, "restored": state["restored"]})
     step = start
-    metrics = Metrics(engine, config, start, state["history"], driver.publish)
+
+    def publish(record: dict) -> None:
+        driver.publish(record)
+        if on_log and "step" in record and dist.get_rank() == 0:
+            with driver.during("on_log"):
+                on_log(dict(record))
+
+    metrics = Metrics(engine, config, start, state["history"], publish)
     saving = SaveSchedule(config)
-    with profiler(config, driver.during) as profile:
-        for step, batch in enumerate(loader, start=start + 1):
-            driver.begin(step)
-            rate = schedule(step, total, config)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
-                decay = config.weight_decay  # else the checkpoint's
-                group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
-            loss, grad_norm = engine.step(batch)
-            if on_step_end:
-                with driver.during("on_step_end"):
-                    metrics.log_own(step, on_step_end(engine, step))
-            profile.step()
-            metrics.add(batch, loss, grad_norm)
-            stop = driver.should_stop()
-            last = stop or step == total
-            evaluates = is_due(step, config.eval_every, step == total)
-            saves = saving.is_due(step, driver.now) or last
-            if saves or evaluates or step % config.log_interval == 0:
-                metrics.log(step, rate, loader)  # no step goes unlogged
-            if evaluates:
-                driver.enter("evaluate", step)
-                metrics.log_eval(step, evaluate(engine, config))
-            if saves:
-                driver.enter("earlier save", step)
-                checkpoint.await_earlier()
-                driver.enter("save", step)
-                state = {"step": step, "position": loader.position}
-                state["history"] = metrics.history
-                health.check_weights(engine, step)
-                checkpoint.commit(engine, state, config, driver.notify)
-                metrics.upload()
-                metrics.reset()  # exclude the time to save from the speed
-            if stop:
-                break
+    for step, batch in enumerate(loader, start=start + 1):
+        driver.begin(step)
+        rate = schedule(step, total, config)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+            decay = config.weight_decay  # else the checkpoint's
+            group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
+        loss, grad_norm = engine.step(batch)
+        if on_step_end:
+            with driver.during("on_step_end"):
+                metrics.log_own(step, on_step_end(engine, step))
+        metrics.add(batch, loss, grad_norm)
+        stop = driver.should_stop()
+        last = stop or step == total
+        evaluates = is_due(step, config.eval_every, step == total)
+        saves = saving.is_due(step, driver.now) or last
+        if saves or evaluates or step % config.log_interval == 0:
+            metrics.log(step, rate, loader)  # no step goes unlogged
+        if evaluates:
+            driver.enter("evaluate", step)
+            metrics.log_eval(step, evaluate(engine, config))
+        if saves:
+            driver.enter("earlier save", step)
+            checkpoint.await_earlier()
+            driver.enter("save", step)
+            state = {"step": step, "position": loader.position}
+            state["history"] = metrics.history
+            health.check_weights(engine, step)
+            checkpoint.commit(engine, state, config, driver.notify)
+            metrics.upload()
+            metrics.reset()  # exclude the time to save from the speed
+        if stop:
+            break
     driver.enter("end", step)
     metrics.close()
     if config.export_to and step == total:

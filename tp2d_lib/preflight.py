@@ -8,7 +8,6 @@ from tp2d_lib import data, evaluate
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import attention, build_empty_model, guards, headers
-from tp2d_lib.monitor import reporting
 
 
 def check(
@@ -43,6 +42,4 @@ def check(
     resume.check_engine(engine, config)
     if "documents" in (data.check(config), evaluate.check(config)):
         attention.check_documents(model, config)
-    if config.report_to:
-        reporting.check_installed()
     return model, names

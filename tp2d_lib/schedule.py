@@ -17,16 +17,11 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
         warmup = math.ceil(config.warmup_ratio * total)
     if step <= warmup:
         return config.learning_rate * step / warmup
-    start, length = warmup, max(total - warmup, 1)
-    if config.lr_scheduler_type == "warmup_stable_decay":
-        length = min(max(round(config.decay_ratio * total), 1), length)
-        start = total - length
-    done = max(step - start - 1, 0) / length
+    done = (step - warmup - 1) / max(total - warmup, 1)
     curve = {
         "constant": 1.0,
         "linear": 1 - done,
         "cosine": (1 + math.cos(math.pi * done)) / 2,
-        "warmup_stable_decay": (1 + math.cos(math.pi * done)) / 2,
     }[config.lr_scheduler_type]
     lowest = config.min_lr_ratio
     return config.learning_rate * (lowest + (1 - lowest) * curve)

@@ -45,29 +45,25 @@ POSITIVE = {  # field -> a value that works
 }
 NOT_NEGATIVE = (
     "weight_decay",
-    "z_loss",
     "warmup_steps",
     "eval_every",
     "checkpoint_every",
     "checkpoint_minutes",
     "max_failures",
-    "profile_steps",
     "loss_chunk_tokens",
     "seed",
 )
 BELOW_1 = {  # field -> a value that works
     "eval_fraction": 0.01,
-    "label_smoothing_factor": 0.1,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
 }
-FROM_0_TO_1 = {"warmup_ratio": 0.03, "decay_ratio": 0.1, "min_lr_ratio": 0.1}
+FROM_0_TO_1 = {"warmup_ratio": 0.03, "min_lr_ratio": 0.1}
 READ_BY = {  # field -> the setting that reads it, and its values that do
     "adam_beta1": ("optimizer", ["adamw"]),
     "adam_beta2": ("optimizer", ["adamw"]),
     "adam_epsilon": ("optimizer", ["adamw"]),
-    "decay_ratio": ("lr_scheduler_type", ["warmup_stable_decay"]),
-    "min_lr_ratio": ("lr_scheduler_type", ["cosine", "linear", "warmup_stable_decay"]),
+    "min_lr_ratio": ("lr_scheduler_type", ["cosine", "linear"]),
 }
 PATHS = (
     "prepared_data",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from scripts.gpu.harness import Failed, Run, within
-from tp2d_lib.monitor.profile import profiler
 
 
 def copied(engine) -> dict[str, torch.Tensor]:
@@ -93,24 +88,3 @@ def export(run: Run) -> str:
     tokens = run.batches(config, 1)[0][0]["input_ids"][:1].to(engine.device)
     ours, theirs = logits_of(engine.model, tokens), logits_of(loaded, tokens)
     return within(logits=((ours - theirs).abs().max().item(), 1e-4))
-
-
-def profile(run: Run) -> str:
-    """A trace has the kernels of the GPU, or on a CPU its operators."""
-    folder = run.folder("run")
-    config = run.config(profile_steps=1, run_name=folder.name)
-    config = replace(config, storage_path=str(folder.parent))
-    engine = run.build(config)
-    with profiler(config) as trace:
-        for batch in run.batches(config, 2):
-            engine.step(batch)
-            trace.step()
-    path = folder / "profile" / f"rank{dist.get_rank()}.json.gz"
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    kind = "kernel" if run.device == "cuda" else "cpu_op"
-    found = sum(event.get("cat") == kind for event in events)
-    files = len(list(path.parent.glob(f"rank{dist.get_rank()}.*")))
-    text = f"{found:,} events of kind {kind} in {files} file(s)"
-    if not found or files != 1 + (run.device == "cuda"):  # and a memory snapshot
-        raise Failed(text)
-    return text

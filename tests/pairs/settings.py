@@ -24,7 +24,6 @@ COMMON = {
     "optimizer": ["adamw", "sgd"],
     "decay": ["all", "matrices"],
     "max_grad_norm": [0.5, 1e6],
-    "loss": ["plain", "smoothed"],
     "loss_chunk_tokens": [0, 100],
     "precision": ["float32", "bfloat16"],
     "activation_checkpointing": ["none", "full", "selective"],
@@ -38,12 +37,10 @@ OWN = {
         "mesh": [*COMMON["mesh"], "1x4/2", "2x2/2"],  # copies of the model: HSDP
         "precision": [*COMMON["precision"], "autocast"],
         "reshard_after_forward": [True, False],
-        "sync_each_batch": [True, False],
         "sequence_parallel": ["auto", "never", "always"],
         "async_checkpoint": [False, True],
     },
     "autotp": {
-        "precision": [*COMMON["precision"], "masters"],
         "zero_stage": [1, 2, 3, 0],
         "vocab_parallel_lm_head": [True, False],
     },
@@ -56,9 +53,7 @@ PRECISIONS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "autocast": {"autocast": True},
-    "masters": {"dtype": "bfloat16", "bf16_master_weights": True},
 }
-LOSSES = {"plain": {}, "smoothed": {"label_smoothing_factor": 0.1, "z_loss": 1e-3}}
 NAMES = {field.name for field in fields(TrainConfig)}
 Case = dict[str, object]
 
@@ -102,7 +97,6 @@ def settings_of(case: Case) -> dict:
         "eval_every": int(case["held_out"] != "nothing"),
         "eval_fraction": 0.2 if case["held_out"] == "fraction" else 0.0,
         **PRECISIONS[case["precision"]],
-        **LOSSES[case["loss"]],
     }
 
 

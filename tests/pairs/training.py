@@ -104,11 +104,11 @@ def expected(config, frozen: str) -> tuple[list, list, dict, float | None]:
         optimizer_of(config),
         [[pair for micro in batch for pair in documents(micro)] for batch in batches],
         config.max_grad_norm,
-        loss_of=loss_of(config),
+        loss_of=summed,
         trains=lambda name: FROZEN[frozen] not in name,
         after_step=after_step,
         # Masters in bfloat16 lose updates that are small beside a weight.
-        dtype=torch.bfloat16 if config.bf16_master_weights else torch.float32,
+        dtype=torch.float32,
     )
     return losses, norms, weights, next(iter(held_out), None)
 
@@ -130,17 +130,9 @@ def documents(micro: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def loss_of(config) -> Callable:
+def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed loss of logits (tokens, vocabulary) and their labels."""
-
-    def summed(logits, labels):
-        logits = logits.float()
-        kind = {"label_smoothing": config.label_smoothing_factor, "reduction": "sum"}
-        loss = F.cross_entropy(logits, labels, **kind)
-        counted = logits[labels != -100]
-        return loss + config.z_loss * counted.logsumexp(-1).square().sum()
-
-    return summed
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def optimizer_of(config) -> Callable:

@@ -40,7 +40,6 @@ from tp2d_lib.model.guards import (
     check_same_function,
     probe,
 )
-from tp2d_lib.model.loss import regularize
 from tp2d_lib.model.optimizer import build_optimizer, settings_kept
 
 
@@ -136,7 +135,6 @@ def build_engine(
         half = wrapped.bfloat16_enabled() or wrapped.fp16_enabled()
         allowed = 2e-2 if half else 1e-6
         check_same_function(expected, probe(wrapped), allowed, description)
-    regularize(wrapped.module, config, mesh.get_group("tp"))
     if config.compile:
         models.compile_blocks(wrapped.module, config.tp_size)
     if config.zero_stage < 3:  # whose weights exist only while their module runs

@@ -82,7 +82,6 @@ def check_precision(config: TrainConfig) -> None:
         "autocast": False,
         "async_checkpoint": False,
         "reshard_after_forward": True,
-        "sync_each_batch": True,
         "sequence_parallel": "auto",
     }
     for name, default in only_fsdp.items():
@@ -136,14 +135,6 @@ def check_precision(config: TrainConfig) -> None:
         raise ConfigError(
             f"export_dtype='float32' cannot be combined with {dtype}, in which "
             "DeepSpeed gathers weights; try export_dtype='auto'"
-        )
-    if config.bf16_master_weights and (
-        dtype != torch.bfloat16 or config.zero_stage == 0
-    ):
-        raise ConfigError(
-            "bf16_master_weights=True must be combined with bfloat16 and ZeRO 1 to 3, "
-            f"not with {dtype} and zero_stage={config.zero_stage}; try "
-            "dtype='bfloat16' and zero_stage=1"
         )
     on_cpu = dtype == torch.float16 and where == "cpu"
     if on_cpu and not get_accelerator().is_fp16_supported():

@@ -13,8 +13,8 @@ def deepspeed_config(config: TrainConfig) -> dict:
     where = device_type(config)
     on_gpu = where == "cuda"  # CPUs have no second stream to overlap with
     dtype, _ = pick_dtype(config, where)
-    masters = config.zero_stage > 0 and not config.bf16_master_weights
-    accumulate = "fp32" if dtype == torch.bfloat16 and masters else None
+    is_half = dtype == torch.bfloat16
+    accumulate = "fp32" if is_half and config.zero_stage > 0 else None
     return {
         "train_micro_batch_size_per_gpu": config.batch_size_per_gpu,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -32,11 +32,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
             "reduce_bucket_size": 50_000_000,  # its default, 5e8, is a buffer of 2 GB
             "stage3_gather_16bit_weights_on_model_save": True,  # for export
         },
-        "bf16": {  # fp32 masters unless configured otherwise
-            "enabled": dtype == torch.bfloat16,
-            "bf16_master_weights_and_grads": config.bf16_master_weights,
-            "bf16_optimizer_states": config.bf16_master_weights,
-        },
+        "bf16": {"enabled": is_half},  # with float32 master weights
         "fp16": {"enabled": dtype == torch.float16},  # with dynamic loss scaling
         "communication_data_type": "fp32",  # for gradients; default: compute type
         "data_types": {"grad_accum_dtype": accumulate},
@@ -48,8 +44,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
 def describe(config: TrainConfig) -> str:
     """What the stage costs with DeepSpeed 0.19.8's optimizer for bfloat16."""
     dtype, _ = pick_dtype(config, device_type(config))
-    masters = not config.bf16_master_weights
-    if config.zero_stage == 1 and dtype == torch.bfloat16 and masters:
+    if config.zero_stage == 1 and dtype == torch.bfloat16:
         return (
             "; zero_stage=1 in bfloat16 reduces the whole float32 gradient after "
             "backward, zero_stage=2 during it, and keeps only a share"

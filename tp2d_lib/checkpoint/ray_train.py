@@ -20,30 +20,23 @@ def commit(
     """Save a checkpoint and report it to Ray; every rank must call it.
 
     It lies in the run's storage already, so Ray uploads nothing. With
-    ``async_checkpoint`` it is completed in a thread while training continues.
+    ``async_checkpoint`` it is completed in a thread while training continues, and Ray,
+    which handles reports in order, is not waited for either.
 
     Args:
         state: ``step``, ``position`` in the sample stream, ``history`` of log records.
         notify: is told which older ones cannot be deleted.
     """
     complete = saving.save(engine, state, config, notify)
-    report(
+    mode = CheckpointUploadMode["ASYNC" if config.async_checkpoint else "SYNC"]
+    ray.train.report(
         {**state["history"][-1], "step": state["step"]},
-        config,
+        checkpoint_upload_mode=mode,
         checkpoint=as_checkpoint(config.storage_path),  # complete() tells where
         checkpoint_dir_name=f"checkpoint-{state['step']:06d}",
         checkpoint_upload_fn=lambda *_: as_checkpoint(complete()),
         delete_local_checkpoint_after_upload=False,
     )
-
-
-def report(metrics: dict, config: TrainConfig, **checkpoint) -> None:
-    """Report to Ray without waiting for a checkpoint that is still being written.
-
-    Ray handles reports in order, so a synchronous report would wait for it.
-    """
-    mode = CheckpointUploadMode["ASYNC" if config.async_checkpoint else "SYNC"]
-    ray.train.report(metrics, checkpoint_upload_mode=mode, **checkpoint)
 
 
 def history(result: ray.train.Result) -> list[dict]:

@@ -27,7 +27,6 @@ PLACES = (  # where things are, and who does them: no part of what is computed
     "num_workers",
     "export_to",
     "export_dtype",
-    "report_to",
 )
 LIBRARIES = ("torch", "transformers", "deepspeed")  # whose versions are recorded
 

@@ -37,7 +37,6 @@ from tp2d_lib.model.attention import attend_causally, model_inputs
 from tp2d_lib.model.blocks import shardable
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
-from tp2d_lib.model.loss import regularize
 from tp2d_lib.model.optimizer import build_optimizer, settings_kept
 
 CPU = torch.device("cpu")
@@ -56,8 +55,7 @@ def train_step(
     dist.all_reduce(valid, group=dp_group)  # over the global batch
     valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
     loss = torch.zeros((), device=engine.device)
-    for number, micro in enumerate(batch, start=1):
-        engine.set_communication(is_last=number == len(batch))
+    for micro in batch:
         loss += forward_backward(engine, micro, valid)
     engine.share = loss.clone()  # to name this dp rank if it is not finite
     dist.all_reduce(loss, group=dp_group)
@@ -130,7 +128,6 @@ def build_engine(
     load(model, config, device)
     if config.compile:
         models.compile_blocks(model, config.tp_size)
-    regularize(model, config, mesh.get_group("tp"))
     shards = config.tp_size if stream.is_shard() else 1
     compute_loss_in_chunks(model, config, sequence_shards=shards)
     if config.autocast:
@@ -158,13 +155,6 @@ class FSDPEngine:
         if config.async_checkpoint:
             self.writers = patient_group()
             self.stager = copying_stager(device)
-
-    def set_communication(self, is_last: bool) -> None:
-        """Choose what a micro-batch sends; nothing, perhaps, before the last one."""
-        if not self.config.sync_each_batch:
-            self.model.set_requires_gradient_sync(is_last)
-            if not self.config.reshard_after_forward:
-                self.model.set_reshard_after_backward(is_last)
 
     def check_first_gradients(self) -> None:
         """On the first step, compare replicated gradients across the tp ranks."""

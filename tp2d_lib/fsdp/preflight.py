@@ -127,9 +127,8 @@ def check_precision(config: TrainConfig) -> None:
             "autocast=True must be combined with bfloat16, not "
             f"dtype={config.dtype!r}; try dtype='auto'"
         )
-    for name, ours in (("dtype", "bfloat16"), ("bf16_master_weights", False)):
-        if getattr(config, name) in ("float16", True):
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} must be left to DeepSpeed, which "
-                f"scales the loss and rounds master weights; try {ours!r}"
-            )
+    if config.dtype == "float16":
+        raise ConfigError(
+            "dtype='float16' must be left to DeepSpeed, which scales the loss; try "
+            "'bfloat16'"
+        )

@@ -53,7 +53,7 @@ def export(
         copy_files(config, partial, dtype)
         publish(partial, directory)
     dist.barrier()
-    return description(directory, dtype, torch.float32, config)
+    return description(directory, dtype, torch.float32)
 
 
 def export_gathered(
@@ -74,7 +74,7 @@ def export_gathered(
     save_torch_state_dict(state, partial, max_shard_size="50GB")
     copy_files(config, partial, dtype)
     publish(partial, directory)
-    return description(directory, dtype, held, config)
+    return description(directory, dtype, held)
 
 
 def type_of(config: TrainConfig) -> torch.dtype:
@@ -91,7 +91,6 @@ def description(
     directory: Path | store.RemotePath,
     dtype: torch.dtype,
     held: torch.dtype,
-    config: TrainConfig,
 ) -> str:
     """Where an export is and in which type, and whether master weights were rounded.
 
@@ -100,7 +99,7 @@ def description(
     """
     said = f"exported to {directory} in {str(dtype).removeprefix('torch.')}"
     narrowest = min(dtype, held, key=lambda kind: kind.itemsize)
-    if narrowest.itemsize < 4 and not config.bf16_master_weights:
+    if narrowest.itemsize < 4:
         rounded = str(narrowest).removeprefix("torch.")
         said += f"; the float32 master weights were rounded to {rounded}"
     return said

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
-from tp2d_lib import checkpoint, data, store
+from tp2d_lib import data, store
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
@@ -141,7 +141,7 @@ class Metrics:
         if self.writer:
             for key in record.keys() - {"step", "position"}:
                 self.writer.add_scalar(f"train/{key}", record[key], step)
-        self.send(record)
+        self.publish(record)
         self.reset()
 
     def handle_non_finite(self, step: int, losses, norms, loader) -> None:
@@ -190,15 +190,8 @@ class Metrics:
         self.history[-1]["eval_loss"] = loss
         if self.writer:
             self.writer.add_scalar("eval/loss", loss, step)
-        self.send({"step": step, "eval_loss": loss})
+        self.publish({"step": step, "eval_loss": loss})
         self.reset()
-
-    def send(self, record: dict) -> None:
-        """Send a record to the driver and, through Ray, to ``report_to``."""
-        self.publish(record)
-        if self.config.report_to:
-            # A copy, because an eval_loss may be added.
-            checkpoint.report(dict(record), self.config)
 
     def over_ranks(self) -> tuple[int, int]:
         """Valid tokens over all dp ranks; the largest peak memory of any rank."""
