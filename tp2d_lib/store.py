@@ -130,9 +130,14 @@ class RemotePath:
         return files.get_file_info(name).is_file
 
     def open(self, mode: str, buffering: int = -1) -> io.IOBase:
-        if mode == "wb":
-            return Writer(self)
-        return io.BufferedReader(Reader(self), 1 << 20) if buffering else Reader(self)
+        """One of Arrow's files, behind Python's buffer unless ``buffering`` is 0."""
+        files, name = self.place
+        if mode == "wb":  # uploaded in parts while it is written
+            # By default, Arrow would compress a .gz file a second time.
+            raw = files.open_output_stream(name, compression=None)
+            return io.BufferedWriter(raw, 1 << 20) if buffering else raw
+        raw = files.open_input_file(name)
+        return io.BufferedReader(raw, 1 << 20) if buffering else raw
 
     def read_bytes(self) -> bytes:
         with self.open("rb") as file:
@@ -160,55 +165,6 @@ class RemotePath:
     def unlink(self) -> None:
         files, name = self.place
         files.delete_file(name)
-
-
-class Stream(io.RawIOBase):
-    """One of Arrow's files; where it cannot be opened, there is nothing to close."""
-
-    file = None
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        super().close()
-
-
-class Reader(Stream):
-    """A file in a store, of which parts are read."""
-
-    def __init__(self, path: RemotePath):
-        files, name = path.place
-        self.file = files.open_input_file(name)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.file.seek(offset, whence)
-
-    def readinto(self, buffer) -> int:
-        return self.file.readinto(buffer)
-
-
-class Writer(Stream):
-    """A new file in a store, uploaded in parts while it is written."""
-
-    def __init__(self, path: RemotePath):
-        files, name = path.place
-        # By default, Arrow would compress a .gz file a second time.
-        self.file = files.open_output_stream(name, compression=None)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        return self.file.write(data)
 
 
 def files(folder: Path | RemotePath) -> dict[str, int]:
