@@ -69,6 +69,7 @@ SAID = (  # all that a command prints; nothing of what it is built on
     r"step \d+: eval_loss [\d.]+",
     r"(resumed after step|changed since step|done: step|exported to|curves:) .*",
     r"(restart|SIGINT|SIGTERM|preemption|waiting|dp_size|nothing left) ?.*",
+    r"(fetching|converting) checkpoint-\d+.*, once.*",
 )
 
 
