@@ -1,6 +1,8 @@
 """The DeepSpeed engine: parity at every ZeRO stage, exact resume, export."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -376,3 +378,13 @@ def test_what_universal_checkpoint_cannot_do_is_said(
         autotp.check(replace(config, resume_from_checkpoint=folder))
     with pytest.raises(ConfigError, match=r"^resume_from_checkpoint=.* must resume"):
         fsdp.check(replace(config, resume_from_checkpoint=folder))
+
+
+def test_the_engine_imports_no_compiler():
+    """DeepSpeed would, for an optimizer that it looks for in every process."""
+    code = (
+        "import sys, tp2d_lib.autotp;"
+        "assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules;"
+        "assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

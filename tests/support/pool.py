@@ -10,7 +10,8 @@ from pathlib import Path
 TIMEOUT_S = 120
 # Ranks, and the processes of dry runs, are forked from one that has these loaded.
 FORKSERVER = multiprocessing.get_context("forkserver")
-LOADED = ["torch._dynamo", "transformers.models.llama.modeling_llama"]
+LOADED = ["torch._dynamo", "transformers.models.llama.modeling_llama", "pytest"]
+LOADED += ["ray.train.torch", "tests.support.demo"]  # what files of tests import
 FORKSERVER.set_forkserver_preload(["tp2d_lib.autotp", "tp2d_lib.fsdp", *LOADED])
 
 
