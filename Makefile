@@ -31,7 +31,7 @@ test-pairs: lint  ## every pair of settings: as one process trains, or refused
 
 test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU checks
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
-		tests/scripts/test_gpu_check.py tests/test_cluster.py tests/test_launch.py \
+		tests/scripts/test_gpu_check.py tests/run/test_cluster.py tests/run/test_launch.py \
 		tests/test_stores.py tests/test_options.py tests/autotp/test_engine.py \
 		tests/test_examples.py \
 		tests/lessons/test_jupyterlab.py

@@ -5,9 +5,9 @@ One file to copy. It needs ray[train], torch, transformers and deepspeed:
 Run it again with a larger max_steps, on the same mesh, and it goes on.
 
 Left out, and where tp2d_lib has it: chats, packing, the Hub's data (data/); a schedule,
-accumulation, evaluation (loop.py, evaluate.py); your own sharding rules, untied
+accumulation, evaluation (run/); your own sharding rules, untied
 embeddings sharded, ZeRO 0, 2 and 3, another mesh (autotp/); logits in chunks,
-recomputation, export (model/); checksums, stores (checkpoint/); hangs, NaN (monitor/).
+recomputation, export (model/); checksums, stores (checkpoint/); hangs, NaN (run/).
 """
 
 import hashlib

@@ -5,9 +5,9 @@ One file to copy. It needs ray[train], torch and transformers:
 Run it again with a larger max_steps, on this mesh or another one, and it goes on.
 
 Left out, and where tp2d_lib has it: chats, packing, the Hub's data (data/); a schedule,
-accumulation, evaluation (loop.py, evaluate.py); weights that no rank holds whole, plans
+accumulation, evaluation (run/); weights that no rank holds whole, plans
 with gaps (fsdp/); sliding windows, logits in chunks, recomputation, export (model/);
-checksums, stores (checkpoint/); hangs, NaN (monitor/).
+checksums, stores (checkpoint/); hangs, NaN (run/).
 """
 
 import hashlib

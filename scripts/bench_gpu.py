@@ -32,7 +32,7 @@ from scripts.gpu.table import hardware, line
 from tp2d_lib.config import first_line
 from tp2d_lib.cost import dryrun
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import gpus, metrics
+from tp2d_lib.run import gpus, metrics
 
 OPTIONS = {
     "eager": {},

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tp2d_lib import autotp, checkpoint, data, fsdp, launch
+from tp2d_lib import autotp, checkpoint, data, fsdp
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.run import launch
 
 HERE = Path(__file__).parent
 REAL = HERE.parent / "build" / "real"

@@ -13,7 +13,7 @@ import yaml
 
 from tests.support import commands
 from tests.support.demo import train_without_ray
-from tp2d_lib import cli, fsdp, launch
+from tp2d_lib import cli, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.flags import (
     DEFAULTS,
@@ -23,7 +23,7 @@ from tp2d_lib.flags import (
     check_run_exists,
     read_config,
 )
-from tp2d_lib.monitor import failures
+from tp2d_lib.run import failures, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = {  # a flag's text and the value it must become, where one text does not do

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import write_model
-from tp2d_lib import fsdp, placement
+from tp2d_lib import fsdp
 from tp2d_lib.autotp import preflight as autotp
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.run import placement
 from tp2d_lib.validation import (
     BELOW_1,
     FROM_0_TO_1,

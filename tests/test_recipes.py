@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
-from tp2d_lib import autotp, data, fsdp, loop
+from tp2d_lib import autotp, data, fsdp
+from tp2d_lib.run import loop
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BLOCKS = re.findall(

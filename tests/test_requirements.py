@@ -24,7 +24,7 @@ ONLY_FOR = {  # a part of the library, and the extra that it needs
     "autotp": "deepspeed",
     "cost": "deepspeed",  # for that engine
     "lessons": "notebooks",
-    "monitor/display.py": "notebooks",  # where it runs in one
+    "run/display.py": "notebooks",  # where it runs in one
 }
 
 

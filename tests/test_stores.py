@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import commands, gs, s3
 from tests.support.demo import make_config, train_without_ray
-from tp2d_lib import autotp, checkpoint, cli, data, fsdp, launch, store
+from tp2d_lib import autotp, checkpoint, cli, data, fsdp, store
 from tp2d_lib.checkpoint import CheckpointError, manifest, saving, storage
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.mesh import build_mesh
+from tp2d_lib.run import launch
 
 RUNS = f"s3://{s3.BUCKET}/runs"
 

@@ -38,9 +38,9 @@ def main(engine: str, description: str, argv: list[str] | None = None) -> int:
 
 
 def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
-    from tp2d_lib import launch
     from tp2d_lib.checkpoint import CheckpointError
     from tp2d_lib.model import PlanError
+    from tp2d_lib.run import launch
 
     launch.quiet()
     is_dry_run, ranks = given.pop("dry_run", False), given.pop("plan_mesh", None)
@@ -106,7 +106,7 @@ def read_plan(ranks: int | None, plan: dict[str, Any]):
     if not given:
         return None
     from tp2d_lib.cost import times
-    from tp2d_lib.monitor import gpus
+    from tp2d_lib.run import gpus
 
     gpu = gpus.find(plan["plan_gpu"])
     if not gpu:
@@ -123,7 +123,7 @@ def read_plan(ranks: int | None, plan: dict[str, Any]):
 
 def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
     """In a dry run, too few GPUs only cause a note, so that a laptop can predict."""
-    from tp2d_lib import launch
+    from tp2d_lib.run import launch
 
     try:
         return launch.pick_device(config)
@@ -154,8 +154,9 @@ def dry_run(engine: str, config: TrainConfig) -> int:
 
 
 def train(train_func, config: TrainConfig, argv: list[str]) -> int:
-    from tp2d_lib import attempts, checkpoint, launch, store
+    from tp2d_lib import checkpoint, store
     from tp2d_lib.checkpoint import manifest
+    from tp2d_lib.run import attempts, launch
 
     print(summary(config), flush=True)
     try:
@@ -195,7 +196,7 @@ def summary(config: TrainConfig) -> str:
 
 def report(error: Exception, config: TrainConfig, argv: list[str]) -> str:
     """What failed first and where, what is saved, and the command that resumes."""
-    from tp2d_lib import launch
+    from tp2d_lib.run import launch
 
     kind = type(error).__name__.lower()  # failed, or stopped
     lines = [f"{kind}: {error}", saved := launch.saved(config)]

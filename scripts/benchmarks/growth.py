@@ -17,7 +17,7 @@ from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import demo
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor.metrics import flops_per_token
+from tp2d_lib.run.metrics import flops_per_token
 
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2))  # (dp_size, tp_size)
 LENGTHS = (128, 512, 2048)

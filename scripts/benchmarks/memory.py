@@ -16,7 +16,7 @@ from scripts.benchmarks.sizes import DEEPSPEED, PYTORCH, training, write_model
 from scripts.benchmarks.training import bench_config
 from tp2d_lib.fsdp import build_engine
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.processes import resident_bytes
+from tp2d_lib.run.metrics import resident_bytes
 
 anonymous_memory = partial(resident_bytes, "RssAnon")
 

@@ -31,7 +31,8 @@ SIZE, STEPS = "26M", 8
 
 def time_in_run(storage: str, engine: str, dp_size: int, tp_size: int) -> float:
     """Milliseconds per step of a run, but for the first two."""
-    from tp2d_lib import checkpoint, launch
+    from tp2d_lib import checkpoint
+    from tp2d_lib.run import launch
 
     _, rows, tokens = SIZES[SIZE]
     config = config_at(

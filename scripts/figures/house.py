@@ -16,31 +16,19 @@ fsdp/: DTensor inside FSDP2
 autotp/: DeepSpeed AutoTP + ZeRO
 
 flags.py: flags to TrainConfig
-launch.py: Ray starts the workers
-loop.py: the loop of both
-preflight.py: checks in the driver
-
-attempts.py: restarts what may work
-placement.py: device and nodes
-schedule.py: learning rates
-cluster.py: joins or starts Ray
-
-monitor/: metrics, progress, health
-evaluate.py: the validation loss
-presets.py: demo or real run
+run/: start, place, loop, watch, restart, measure
 
 checkpoint/: write, verify, restore
+presets.py: demo or real run
 data/: documents to batches
-model/: a Hugging Face decoder
+model/: the decoder
 
 config.py: values only
 mesh.py: (dp, tp) ranks
 
 validation.py: rules
 integrity.py: digests
-store.py: disk or bucket
-environment.py: sent along
-processes.py: who lives"""
+store.py: disk or bucket"""
 
 LEFT, TOP, WIDTH, HEIGHT = 54, 76, 686, 64  # of the first band
 STEP, APART, PAD = 76, 56, 8
@@ -59,15 +47,14 @@ def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -
 
 
 def house() -> Figure:
-    """The package in nine layers: imports run downward only
+    """The package in seven layers: imports run downward only
 
-    Nine layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
-    between them because they never import each other; flags, launch, loop and
-    preflight; attempts, placement, schedule and cluster; monitor, evaluate and
-    presets; checkpoint, data and model; config and mesh; validation, integrity, store,
-    environment and processes. An arrow labelled imports points down the left side.
+    Seven layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
+    between them because they never import each other; flags and run; checkpoint,
+    presets, data and model; config and mesh; validation, integrity and store. An arrow
+    labelled imports points down the left side.
     """
-    fig = Figure(760, 818, house.__doc__)
+    fig = Figure(760, 666, house.__doc__)
     layers = LAYERS.split("\n\n")
     for i, layer in enumerate(layers):
         sides = layer.split("\n-\n")

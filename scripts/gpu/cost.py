@@ -11,7 +11,7 @@ from scripts.gpu.harness import Failed, Run
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import comm, dryrun, memory
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import gpus, metrics
+from tp2d_lib.run import gpus, metrics
 
 TIMED = 10  # steps, after three that warm up
 CLOSE = 0.15  # allowed relative error of activations and traffic

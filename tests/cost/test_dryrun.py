@@ -11,7 +11,7 @@ from tests.support.models import write_model
 from tp2d_lib import cli
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import dryrun, meshes, times
-from tp2d_lib.monitor import gpus
+from tp2d_lib.run import gpus
 
 CASES = {  # engine, model, (tp_size, dp_size), settings
     "fsdp": ("fsdp", "qwen2-tied", (2, 2), {"dtype": "bfloat16"}),

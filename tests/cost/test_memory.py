@@ -10,7 +10,7 @@ import torch
 from tests.support.models import write_model
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import dryrun
-from tp2d_lib.processes import resident_bytes
+from tp2d_lib.run.metrics import resident_bytes
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SIZES = {

@@ -12,9 +12,9 @@ import ray
 import torch.distributed as dist
 
 from tests.support.demo import train_with
-from tp2d_lib import checkpoint, fsdp, launch
-from tp2d_lib.monitor import watchdog
+from tp2d_lib import checkpoint, fsdp
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import launch, watchdog
 
 RESTART = r"restart 1 of 3: hang: (.*)"
 

@@ -21,13 +21,14 @@ from pyarrow import parquet
 from tests.faults import wild
 from tests.faults.conftest import SURVIVED, TRIED
 from tests.support.texts import sentences, write_texts
-from tp2d_lib import cli, data, fsdp, launch, presets
+from tp2d_lib import cli, data, fsdp, presets
 from tp2d_lib.autotp import rules
 from tp2d_lib.checkpoint import CheckpointError
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.flags import FLAGS
 from tp2d_lib.lessons import notebook
 from tp2d_lib.model import PlanError
+from tp2d_lib.run import launch
 
 SENTENCES = (CheckpointError, ConfigError, PlanError)
 SECONDS = 20  # allowed for one case

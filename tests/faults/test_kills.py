@@ -16,12 +16,13 @@ import torch.distributed as dist
 from tests.support import commands
 from tests.support.commands import finish, shards, start, wait_for
 from tests.support.demo import uninterrupted
-from tp2d_lib import cli, fsdp, launch, loop
+from tp2d_lib import cli, fsdp
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.integrity import HashedFile
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import launch, loop
 
 pytestmark = pytest.mark.faults
 STEPS = 24

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.demo import make_config
 from tests.support.models import write_model
 from tests.test_config import refuse_field
-from tp2d_lib import fsdp, preflight
+from tp2d_lib import fsdp
+from tp2d_lib.run import preflight
 
 INDEX = "model.safetensors.index.json"
 

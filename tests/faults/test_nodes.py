@@ -18,9 +18,10 @@ from ray.cluster_utils import Cluster
 
 from tests.support.commands import shards, wait_until
 from tests.support.demo import train_with, train_without_ray, uninterrupted
-from tp2d_lib import autotp, checkpoint, cluster, fsdp, launch, placement
+from tp2d_lib import autotp, checkpoint, fsdp
 from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import cluster, launch, placement
 
 pytestmark = pytest.mark.faults
 STEPS = 40

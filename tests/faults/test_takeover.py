@@ -7,10 +7,11 @@ import pytest
 import ray
 
 from tests.support.demo import train_with
-from tp2d_lib import checkpoint, fsdp, launch
-from tp2d_lib.attempts import Failed
+from tp2d_lib import checkpoint, fsdp
 from tp2d_lib.checkpoint import lease, storage
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import launch
+from tp2d_lib.run.attempts import Failed
 
 pytestmark = pytest.mark.faults
 

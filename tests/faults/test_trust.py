@@ -28,7 +28,7 @@ from tests.support.evil import (
 from tests.support.models import write_model
 from tests.support.parity import make_steps, share_of
 from tests.support.rules import rules
-from tp2d_lib import autotp, cluster, data
+from tp2d_lib import autotp, data
 from tp2d_lib import model as models
 from tp2d_lib.autotp import rules as partition_rules
 from tp2d_lib.checkpoint import CheckpointError, plain
@@ -36,6 +36,7 @@ from tp2d_lib.config import ConfigError
 from tp2d_lib.flags import read_config
 from tp2d_lib.fsdp.files import MetadataUnpickler
 from tp2d_lib.model import exports, headers
+from tp2d_lib.run import cluster
 
 SENTENCE = r"^{} must hold tensors and plain values only, but holds {}.*; load it with "
 SYSTEM = "'posix.system'"
@@ -191,7 +192,7 @@ def test_a_pattern_that_runs_away_is_stopped(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(partition_rules, "MATCH_LIMIT_S", 1)
     found = models.build_empty_model(config), set()  # what it returns, without data
-    monkeypatch.setattr("tp2d_lib.preflight.check", lambda *_, **__: found)
+    monkeypatch.setattr("tp2d_lib.run.preflight.check", lambda *_, **__: found)
     runaway = {"patterns": [r"((\w+\.?)+)+!"], "partition_type": "row"}
     with pytest.raises(ConfigError, match=r"^patterns=.* within 1 s, .*; try '\.\*o_p"):
         autotp.check(replace(config, partition_config=rules(runaway)))

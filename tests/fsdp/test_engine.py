@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.demo import GLOBAL_BATCH, make_config
 from tests.support.models import write_model
 from tp2d_lib import data
-from tp2d_lib.processes import resident_bytes
+from tp2d_lib.run.metrics import resident_bytes
 
 
 def train(config, load, position, steps, save):

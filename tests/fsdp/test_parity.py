@@ -30,7 +30,7 @@ def train_on_mesh(model_dir, sizes, variants, storage):
     """Run by every rank: what reference.train returns, for each variant."""
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.mesh import build_mesh
-    from tp2d_lib.monitor import health
+    from tp2d_lib.run import health
 
     tp_size, dp_size, copies = sizes
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)

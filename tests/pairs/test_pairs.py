@@ -25,9 +25,9 @@ from tests.support.models import write_model
 from tests.support.parity import assert_weights_equal
 from tests.support.pool import Pool
 from tests.support.texts import sentences, write_lines, write_texts
-from tp2d_lib import launch
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import PlanError
+from tp2d_lib.run import launch
 
 FEW = 12  # rows of each engine in make test
 PATIENCE_S = 900  # compiling takes minutes where many processes run

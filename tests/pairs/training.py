@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import reference
 from tests.support.parity import the_mesh
-from tp2d_lib import data, evaluate
+from tp2d_lib import data
 from tp2d_lib.model.optimizer import build_optimizer
+from tp2d_lib.run import evaluate
 
 STEPS = 3  # two before the checkpoint, and one after it
 FROZEN = {"nothing": "(nothing)", "embedding": "embed_tokens", "layer": ".layers.0."}
@@ -37,7 +38,7 @@ def run(engine: str, config, frozen: str, folder: str) -> dict | str:
         loaded; or the error, if there is one.
     """
     from tp2d_lib.model.attention import check_apart
-    from tp2d_lib.monitor import health
+    from tp2d_lib.run import health
 
     mesh = the_mesh(config.dp_size, config.tp_size)
     build = partial(

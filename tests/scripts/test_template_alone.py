@@ -27,7 +27,7 @@ sys.meta_path = [
 WHERE = "import tp2d_lib; print(*tp2d_lib.__path__)"
 ON_A_WORKER = """\
 import ray
-from tp2d_lib import launch
+from tp2d_lib.run import launch
 launch.connect(pip="lock.txt")
 @ray.remote
 def version():

@@ -3,12 +3,13 @@
 from importlib import import_module
 
 from tests.support.commands import shards
-from tp2d_lib import fsdp, launch, loop
+from tp2d_lib import fsdp
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
-from tp2d_lib.schedule import learning_rate
+from tp2d_lib.run import launch, loop
+from tp2d_lib.run.schedule import learning_rate
 
 GLOBAL_BATCH = 4
 

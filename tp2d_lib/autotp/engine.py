@@ -266,7 +266,7 @@ class AutoTPEngine:
 
 def train_func(config: TrainConfig) -> None:
     """What every worker runs."""
-    from tp2d_lib import loop  # here: it needs Ray, an engine does not
+    from tp2d_lib.run import loop  # here: it needs Ray, an engine does not
 
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     engine = build_engine(config, mesh, deepspeed_config, train_step)

@@ -35,7 +35,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
             not allow, or a precision that the ZeRO stage does not allow.
         PlanError: rules that match nothing, or shard half of a pair.
     """
-    from tp2d_lib import preflight  # here: it needs Ray, an engine does not
+    from tp2d_lib.run import preflight  # here: it needs Ray, an engine does not
 
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from uuid import uuid4
 
 from tp2d_lib.checkpoint import storage
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.processes import machine, started
 
 LEASE = "lease.json"
 LEASE_S = 20.0  # a holder whose number stands still for so long has lost its lease
@@ -60,6 +60,28 @@ def is_dead(found: dict) -> bool:
     """Whether the holder is a process of this machine that is no longer there."""
     here = found["machine"] is not None and found["machine"] == machine()
     return here and started(found["pid"]) != found["started"]
+
+
+def machine() -> str | None:
+    """This boot and PID namespace: where a PID has a meaning. None without /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def started(pid: int) -> str | None:
+    """When a process of this machine started, in ticks; None if it is dead.
+
+    A PID alone does not tell whether it is still the same one: it is used again.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *others = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else others[18]
 
 
 @contextmanager

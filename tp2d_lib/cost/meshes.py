@@ -10,7 +10,7 @@ from dataclasses import replace
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.cost import dryrun, times
 from tp2d_lib.model import PlanError, build_empty_model
-from tp2d_lib.monitor.metrics import flops_per_token
+from tp2d_lib.run.metrics import flops_per_token
 
 FULL = 0.9  # of a GPU's memory: the rest is the allocator's reserve, CUDA's and NCCL's
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tp2d_lib.monitor.gpus import Gpu
+from tp2d_lib.run.gpus import Gpu
 
 # Chosen by the published runs in lessons/published.py, which the estimate meets within
 # 15%.

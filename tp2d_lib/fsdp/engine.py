@@ -257,7 +257,7 @@ class FSDPEngine:
 
 def train_func(config: TrainConfig) -> None:
     """What every worker runs."""
-    from tp2d_lib import loop  # here: it needs Ray, an engine does not
+    from tp2d_lib.run import loop  # here: it needs Ray, an engine does not
 
     mesh = build_mesh(config.dp_size, config.tp_size, config.device)
     engine = build_engine(config, mesh, parallelize, train_step)

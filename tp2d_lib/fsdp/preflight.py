@@ -29,7 +29,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
         PlanError: the model's plan does not cover it, or its files hold weights in
             parts.
     """
-    from tp2d_lib import preflight  # here: it needs Ray, an engine does not
+    from tp2d_lib.run import preflight  # here: it needs Ray, an engine does not
 
     check_precision(config)
     model, names = preflight.check(config, "fsdp", plan)

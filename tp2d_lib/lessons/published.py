@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tp2d_lib.cost import comm, times
-from tp2d_lib.monitor import gpus
+from tp2d_lib.run import gpus
 
 MODELS = {  # parameters, layers, hidden
     "8B": (8.03e9, 32, 4096),

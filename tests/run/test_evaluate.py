@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.chats import write_chat_model
 from tests.support.texts import sentences, write_lines, write_texts
-from tp2d_lib import data, evaluate
+from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.monitor import health
+from tp2d_lib.run import evaluate, health
 
 HELD_OUT = [*sentences(40), "word " * 300]  # one document longer than a row
 SEQ = 32

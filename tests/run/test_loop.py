@@ -9,9 +9,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from tp2d_lib.loop import SaveSchedule
 from tp2d_lib.presets import build_config
-from tp2d_lib.schedule import learning_rate
+from tp2d_lib.run.loop import SaveSchedule
+from tp2d_lib.run.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")

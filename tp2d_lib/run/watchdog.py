@@ -16,9 +16,9 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tp2d_lib.checkpoint.lease import started
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import HashedFile
-from tp2d_lib.processes import started
 
 BEAT_S = 1.0
 DUMP_S = 3.0  # for the ranks that answer to write their traces

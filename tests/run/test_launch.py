@@ -16,15 +16,15 @@ import torch.distributed as dist
 
 from tests.support.commands import wait_until
 from tests.support.demo import train_with
-from tp2d_lib import autotp, checkpoint, cli, fsdp, launch, loop
-from tp2d_lib.attempts import Failed
+from tp2d_lib import autotp, checkpoint, cli, fsdp
 from tp2d_lib.checkpoint import storage
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
 from tp2d_lib.model import determinism
-from tp2d_lib.monitor import watchdog
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import launch, loop, watchdog
+from tp2d_lib.run.attempts import Failed
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from tp2d_lib import data, evaluate
+from tp2d_lib import data
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import attention, build_empty_model, guards, headers
+from tp2d_lib.run import evaluate
 
 
 def check(

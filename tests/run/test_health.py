@@ -11,8 +11,8 @@ from tp2d_lib import autotp, data
 from tp2d_lib.config import ConfigError
 from tp2d_lib.data import build_dataloader
 from tp2d_lib.mesh import build_mesh
-from tp2d_lib.monitor import health
-from tp2d_lib.monitor.metrics import Metrics
+from tp2d_lib.run import health
+from tp2d_lib.run.metrics import Metrics
 
 BAD_STEP = 2
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 
 from tests.support.demo import make_config
 from tp2d_lib import data
-from tp2d_lib.monitor import gpus
-from tp2d_lib.monitor.metrics import flops_per_token
+from tp2d_lib.run import gpus
+from tp2d_lib.run.metrics import flops_per_token
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
@@ -90,7 +90,7 @@ def logged(config):
     from tp2d_lib.data import build_dataloader
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.mesh import build_mesh
-    from tp2d_lib.monitor.metrics import Metrics
+    from tp2d_lib.run.metrics import Metrics
 
     mesh = build_mesh(config.dp_size, config.tp_size, "cpu")
     loader, history = build_dataloader(config, mesh), []
@@ -118,7 +118,7 @@ def test_padding_is_no_work(demo_paths, tmp_path, pools):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_the_peak_is_not_that_of_the_parent():
     code = (
-        "import torch; from tp2d_lib.monitor.metrics import peak_memory; "
+        "import torch; from tp2d_lib.run.metrics import peak_memory; "
         "print(peak_memory(torch.device('cpu')))"
     )
     large = np.ones(2**27)  # 1 GiB

@@ -13,23 +13,23 @@ import ray.train
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tp2d_lib import (
-    attempts,
-    checkpoint,
-    cluster,
-    data,
-    environment,
-    evaluate,
-    placement,
-    store,
-)
-from tp2d_lib.attempts import Failed, Stopped
+from tp2d_lib import checkpoint, data, store
 from tp2d_lib.checkpoint import lease, manifest, resume, storage
-from tp2d_lib.cluster import connect, quiet
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.model import determinism
-from tp2d_lib.monitor import failures, progress, signals
-from tp2d_lib.placement import gpus, pick_device, pick_dtype
+from tp2d_lib.run import (
+    attempts,
+    cluster,
+    environment,
+    evaluate,
+    failures,
+    placement,
+    progress,
+    signals,
+)
+from tp2d_lib.run.attempts import Failed, Stopped
+from tp2d_lib.run.cluster import connect, quiet
+from tp2d_lib.run.placement import gpus, pick_device, pick_dtype
 
 __all__ = [
     "as_yaml",

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from tp2d_lib.checkpoint import lease
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.monitor import prints
-from tp2d_lib.monitor.progress import WorkerProgress
-from tp2d_lib.monitor.watchdog import Hang, beating
+from tp2d_lib.run import prints
+from tp2d_lib.run.progress import WorkerProgress
+from tp2d_lib.run.watchdog import Hang, beating
 
 PERMANENT = (
     "CheckpointError",

@@ -19,9 +19,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from tp2d_lib import cluster
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import build_empty_model
+from tp2d_lib.run import cluster
 
 REPLACE_S = 600.0  # a cloud needs minutes to replace a node
 PATIENCE_S = 10.0  # until what a lost attempt held is free

@@ -25,10 +25,11 @@ from ray.core.generated.autoscaler_pb2 import (
 from ray.core.generated.autoscaler_pb2_grpc import AutoscalerStateServiceStub
 
 from tests.support.commands import PATIENCE_S, ROOT, wait_until
-from tp2d_lib import autotp, cluster, environment, fsdp, launch, placement
-from tp2d_lib.attempts import Failed
+from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError
 from tp2d_lib.presets import build_config
+from tp2d_lib.run import cluster, environment, launch, placement
+from tp2d_lib.run.attempts import Failed
 
 pytestmark = pytest.mark.ranks
 STEPS = {"max_steps": 2, "log_interval": 1}
@@ -226,7 +227,7 @@ def test_a_model_too_large_for_cpus_is_not_trained_there_unasked(tmp_path, demo_
         placement.check_small(config)
 
 
-CONNECT = "from tp2d_lib import launch; launch.connect(); {}"
+CONNECT = "from tp2d_lib.run import launch; launch.connect(); {}"
 
 
 def connected(tmp: Path, then: str = "", **variables) -> subprocess.Popen:
@@ -309,7 +310,7 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it(head, tmp_path):
 
 @pytest.mark.faults
 def test_a_second_node_joins_with_the_token(head):
-    both = "from tests.support.commands import wait_until; from tp2d_lib import cluster"
+    both = "from tests.support.commands import wait_until; from tp2d_lib.run import cluster"
     both += "; wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # else `ray start --address` sends none
@@ -371,7 +372,7 @@ def test_a_folder_too_long_for_rays_sockets_is_told(tmp_path):
     far = tmp_path / ("a" * 100)
     far.mkdir()
     environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(far)}
-    command = [sys.executable, "-c", "from tp2d_lib import launch; launch.connect()"]
+    command = [sys.executable, "-c", "from tp2d_lib.run import launch; launch.connect()"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     last = run.stderr.splitlines()[-1]
     assert f"ConfigError: RAY_TMPDIR={str(far)!r} must be short, because Ray" in last

@@ -5,10 +5,10 @@ import pty
 import subprocess
 import sys
 
-from tp2d_lib.monitor import display, progress
+from tp2d_lib.run import display, progress
 
 SHOW = """
-from tp2d_lib.monitor import display
+from tp2d_lib.run import display
 terminal = display.Terminal()
 show = terminal.show
 for step in (10, 20, 100_000):

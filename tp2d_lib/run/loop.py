@@ -9,11 +9,11 @@ import torch.distributed as dist
 from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
-from tp2d_lib.evaluate import evaluate
 from tp2d_lib.model.attention import check_apart
-from tp2d_lib.monitor import health, progress
-from tp2d_lib.monitor.metrics import Metrics
-from tp2d_lib.schedule import learning_rate
+from tp2d_lib.run import health, progress
+from tp2d_lib.run.evaluate import evaluate
+from tp2d_lib.run.metrics import Metrics
+from tp2d_lib.run.schedule import learning_rate
 
 
 def run(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tp2d_lib.monitor.watchdog import Watchdog
+from tp2d_lib.run.watchdog import Watchdog
 
 
 class Ranks:

@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.monitor import display, watchdog
+from tp2d_lib.run import display, watchdog
 
 PREEMPTION_S = 5.0  # between looks for a node that is about to be taken away
 

@@ -32,8 +32,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tp2d_lib
 from tp2d_lib.config import ConfigError, first_line
-from tp2d_lib.environment import WORKER_ENV
-from tp2d_lib.monitor import signals
+from tp2d_lib.run import signals
+from tp2d_lib.run.environment import WORKER_ENV
 
 own = False  # whether this process started the cluster
 

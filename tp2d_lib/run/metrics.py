@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import tempfile
@@ -19,8 +20,7 @@ from tp2d_lib import data, store
 from tp2d_lib.checkpoint import manifest
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import build_empty_model
-from tp2d_lib.monitor import gpus, health
-from tp2d_lib.processes import resident_bytes
+from tp2d_lib.run import gpus, health
 
 
 def flops_per_token(model: nn.Module, seq_length: int) -> float:
@@ -59,6 +59,20 @@ def peak_memory(device: torch.device) -> int:
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident_bytes("VmHWM")  # ru_maxrss may be that of the parent
+
+
+def resident_bytes(kind: str) -> int:
+    """Memory of this process, of a kind in Linux's ``/proc/self/status``.
+
+    ``RssAnon`` is that of no file, ``RssFile`` that of mapped files, ``VmHWM`` the peak
+    of both together.
+
+    Raises:
+        OSError: there is no such file; not on Linux.
+    """
+    status = Path("/proc/self/status").read_text()
+    [kilobytes] = re.findall(rf"^{kind}:\s+(\d+) kB$", status, re.M)
+    return int(kilobytes) * 1024
 
 
 class Metrics:

@@ -1,1 +1,0 @@
-"""What a run reports while it trains, and how it is stopped."""

@@ -1,0 +1,1 @@
+"""Everything that starts, places, watches, restarts and measures a run."""
