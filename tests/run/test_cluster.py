@@ -310,8 +310,8 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it(head, tmp_path):
 
 @pytest.mark.faults
 def test_a_second_node_joins_with_the_token(head):
-    both = "from tests.support.commands import wait_until; from tp2d_lib.run import cluster"
-    both += "; wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
+    both = "from tests.support.commands import wait_until;"
+    both += "from tp2d_lib.run import cluster; wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # else `ray start --address` sends none
         node = ray_start(head.tmp, f"--address={head.address}", "--num-cpus=1")
@@ -372,7 +372,11 @@ def test_a_folder_too_long_for_rays_sockets_is_told(tmp_path):
     far = tmp_path / ("a" * 100)
     far.mkdir()
     environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(far)}
-    command = [sys.executable, "-c", "from tp2d_lib.run import launch; launch.connect()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from tp2d_lib.run import launch; launch.connect()",
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     last = run.stderr.splitlines()[-1]
     assert f"ConfigError: RAY_TMPDIR={str(far)!r} must be short, because Ray" in last
