@@ -311,7 +311,8 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it(head, tmp_path):
 @pytest.mark.faults
 def test_a_second_node_joins_with_the_token(head):
     both = "from tests.support.commands import wait_until;"
-    both += "from tp2d_lib.run import cluster; wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
+    both += "from tp2d_lib.run import cluster;"
+    both += "wait_until(lambda: len(cluster.nodes()) == 2); launch.connect()"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # else `ray start --address` sends none
         node = ray_start(head.tmp, f"--address={head.address}", "--num-cpus=1")
