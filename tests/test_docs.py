@@ -88,6 +88,10 @@ def test_relative_links_lead_somewhere(page):
             assert anchor in anchors(there), target
 
 
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 def quotes() -> list[tuple[str, str]]:
     """The texts in docs/troubleshooting.md, and which package has each."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
