@@ -105,6 +105,7 @@ def test_equal_to_one_process_and_to_the_engine(name, family, pools, tmp_path):
 SLOW = pytest.param("autotp_2d", marks=pytest.mark.faults)  # 90 s more
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", ["fsdp2_2d", SLOW])
 def test_the_command_resumes(name, demo_paths, tmp_path):
     """It trains on the library's rows, in its order; then on, on another mesh."""
