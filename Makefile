@@ -1,6 +1,7 @@
 # Each target makes .venv itself when it is missing. PYTHON may be 3.11 to 3.14.
 PYTHON ?= python3
 BIN := .venv/bin
+QUICK := -m "not ranks and not faults and not online"
 
 .PHONY: demo readme site lint check test test-pairs test-decoders test-faults \
 	test-exports test-fsdp2-only real bench sync figures template links bump clean
@@ -21,7 +22,7 @@ lint: .venv/installed  ## style, layers of imports, mirrored cells
 	$(BIN)/python scripts/sync_notebooks.py --check
 
 check: lint  ## for the inner loop: lint, then the tests that start no ranks
-	$(BIN)/python -m pytest -m "not ranks and not faults and not online"
+	$(BIN)/python -m pytest $(QUICK)
 
 test: lint  ## lint, then every test; offline
 	$(BIN)/python -m pytest --numprocesses 2
@@ -94,7 +95,7 @@ bump: .venv/installed  ## quick tests with the newest releases; print which are 
 	$(BIN)/python -m pip freeze --exclude-editable > build/bump/pinned.txt
 	build/bump/bin/python -m pip freeze --exclude-editable | \
 		diff --side-by-side --suppress-common-lines build/bump/pinned.txt - || true
-	build/bump/bin/python -m pytest -m "not ranks and not faults and not online"
+	build/bump/bin/python -m pytest $(QUICK)
 
 clean:  ## remove what was built, not the environment
 	rm -rf build

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
+from tests.support.models import write_model
 from tp2d_lib import autotp, data, fsdp
 from tp2d_lib.run import loop
 
@@ -140,6 +141,31 @@ def test_every_recipe_does_what_it_says(recipes, engine):
 
     (run,) = done["MLflow, or another tracker"]["run"].parent.glob("mlflow/*/*/metrics")
     assert {path.name for path in run.iterdir()} >= {"loss", "grad_norm"}
+
+
+def losses_in_eval(path):
+    """A model's validation loss without and with the recipe of a regularized one."""
+    names = {}
+    exec(f"{COMMON}\n{RECIPES['Label smoothing and z-loss']}", names)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.arange(20).view(1, -1)
+    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(19)}
+    plain = model(**inputs).loss
+    names["regularize"](model, torch.distributed.group.WORLD)
+    return (
+        plain.item(),
+        model(**inputs).loss.item(),
+        model.train()(**inputs).loss.item(),
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "cohere"])
+def test_a_validation_loss_stays_the_plain_one(name, pools, tmp_path):
+    """Also of models that call their loss in a way of their own."""
+    path = write_model(name, tmp_path)
+    ((plain, validation, training),) = pools(1).run(losses_in_eval, path)
+    assert validation == plain
+    assert training != plain
 
 
 def first_step(config) -> tuple[float, float]:

@@ -373,11 +373,7 @@ def test_a_folder_too_long_for_rays_sockets_is_told(tmp_path):
     far = tmp_path / ("a" * 100)
     far.mkdir()
     environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(far)}
-    command = [
-        sys.executable,
-        "-c",
-        "from tp2d_lib.run import launch; launch.connect()",
-    ]
+    command = [sys.executable, "-c", CONNECT.format("")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     last = run.stderr.splitlines()[-1]
     assert f"ConfigError: RAY_TMPDIR={str(far)!r} must be short, because Ray" in last
