@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import yaml
 from tests.support import commands
 from tests.support.demo import train_without_ray
 from tp2d_lib import cli, fsdp
-from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.config import FIELDS, ConfigError, TrainConfig
 from tp2d_lib.flags import (
     DEFAULTS,
     FLAGS,
@@ -39,23 +39,23 @@ def parse(engine, *argv):
     return vars(build_parser(engine, "").parse_args(argv))
 
 
-@pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda f: f.name)
-def test_every_field_has_a_flag_that_carries_its_value(field):
-    flag = f"--{FLAGS.get(field.name, field.name)}"
-    engine = "fsdp" if field.metadata["help"].startswith("FSDP2: ") else "autotp"
-    if isinstance(field.default, bool):
-        assert parse(engine, flag) == {field.name: True}
-        assert parse(engine, f"--no-{flag[2:]}") == {field.name: False}
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_flag_that_carries_its_value(name):
+    flag, default = f"--{FLAGS.get(name, name)}", FIELDS[name].default
+    engine = "fsdp" if FIELDS[name].description.startswith("FSDP2: ") else "autotp"
+    if isinstance(default, bool):
+        assert parse(engine, flag) == {name: True}
+        assert parse(engine, f"--no-{flag[2:]}") == {name: False}
         return
-    text = SAMPLES.get(field.name, "3")
-    (name, value), *others = parse(engine, flag, text).items()
-    assert (name, str(value).removesuffix(".0"), others) == (field.name, text, [])
-    known = (str, int) if field.default is None else (type(field.default), int)
+    text = SAMPLES.get(name, "3")
+    (dest, value), *others = parse(engine, flag, text).items()
+    assert (dest, str(value).removesuffix(".0"), others) == (name, text, [])
+    known = (str, int) if default is None else (type(default), int)
     assert type(value) in known
 
 
 def test_each_command_has_its_engines_fields():
-    helps = {f.name: f.metadata["help"] for f in fields(TrainConfig)}
+    helps = {name: field.description for name, field in FIELDS.items()}
     shared = {name for name, text in helps.items() if ": " not in text[:12]}
     for engine, only in ONLY.items():
         own = {name for name, text in helps.items() if text.startswith(only)}
@@ -65,7 +65,7 @@ def test_each_command_has_its_engines_fields():
 
 
 def test_published_defaults():
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | DEFAULTS
+    defaults = {name: field.default for name, field in FIELDS.items()} | DEFAULTS
     expected = {
         "model_name": "Qwen/Qwen2-7B",
         "dp_size": 1,
@@ -109,7 +109,7 @@ def test_numbers_of_yaml_are_numbers(tmp_path):
     config = read_config({"config": str(file)})
     assert (config.learning_rate, config.warmup_ratio) == (1e-5, 0.1)
     file.write_text("tp_size: 2\nlearning_rate: fast\n")
-    with pytest.raises(ConfigError, match="learning_rate='fast' must be float"):
+    with pytest.raises(ConfigError, match="learning_rate='fast' must be a valid"):
         read_config({"config": str(file)})
 
 
@@ -177,7 +177,10 @@ def test_usage_is_short(capsys):
             ["--tp_size", "2", "--resume_from", "old", "--run_name", "new"],
             "run_name='new' cannot be combined with resume_from='old'",
         ),
-        (["--tp_size", "2", "--zero_stage", "5"], "zero_stage=5 must be 0, 1, 2 or 3"),
+        (
+            ["--tp_size", "2", "--zero_stage", "5"],
+            "zero_stage=5 must be less than",
+        ),
         (
             ["--tp_size", "2", "--tp_preset", "mixtral"],
             "must match the name of a weight",

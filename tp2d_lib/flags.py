@@ -9,15 +9,15 @@ import argparse
 import os
 import re
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from tp2d_lib import store
-from tp2d_lib.config import ConfigError, TrainConfig, closest, first_line
-from tp2d_lib.validation import check_run_name
+from tp2d_lib.config import FIELDS, ConfigError, TrainConfig, closest, first_line
+from tp2d_lib.validation import choices, leaves
 
 FLAGS = {"batch_size_per_gpu": "batch_size"}  # the published name, besides the field's
 GROUPS = {  # the field that begins a group of flags -> its title
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            if flag.removeprefix("--") in {f.name for f in fields(TrainConfig)}:
+            if flag.removeprefix("--") in FIELDS:
                 self.error(f"{flag} is a flag of the other engine's command")
             flags = [name for name in self._option_string_actions if name[:2] == "--"]
             self.error(f"unknown argument {flag}; did you mean {closest(flag, flags)}?")
@@ -101,34 +101,32 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
     )
     for name, (kind, metavar, text) in PLAN.items():
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-    hints = get_type_hints(TrainConfig)
-    for f in fields(TrainConfig):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        others = tuple(text for name, text in ONLY.items() if name != engine)
-        if not f.metadata["help"].startswith(others):
-            names = dict.fromkeys(f"--{n}" for n in (FLAGS.get(f.name, f.name), f.name))
-            group.add_argument(*names, dest=f.name, **options(f, hints))
+    others = tuple(text for name, text in ONLY.items() if name != engine)
+    for name, field in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        if not field.description.startswith(others):
+            names = dict.fromkeys(f"--{n}" for n in (FLAGS.get(name, name), name))
+            group.add_argument(*names, dest=name, **options(name, field))
     group.add_argument(
         "--resume_from", metavar="RUN", help="resume the run with this run_name"
     )
     return parser
 
 
-def options(f, hints: dict) -> dict[str, Any]:
+def options(name: str, field: FieldInfo) -> dict[str, Any]:
     """The keyword arguments of ``add_argument`` for one field."""
-    text = f.metadata["help"]
+    text = field.description.replace("%", "%%")
     for prefix in ONLY.values():
         text = text.removeprefix(prefix)
-    default = "required" if f.name == "tp_size" else DEFAULTS.get(f.name, f.default)
+    default = "required" if name == "tp_size" else DEFAULTS.get(name, field.default)
     keywords: dict[str, Any] = {"help": text + f" ({default})" * (default is not None)}
-    if hints[f.name] is bool:
+    allowed = leaves(field.annotation)
+    if bool in allowed:
         return keywords | {"action": argparse.BooleanOptionalAction}
-    kinds = getattr(hints[f.name], "__args__", (hints[f.name],))
-    keywords["type"] = next(kind for kind in (int, float, str) if kind in kinds)
-    name = keywords["type"].__name__.upper()
-    keywords["metavar"] = "|".join(f.metadata["choices"]) or name
-    return keywords
+    kind = next((kind for kind in (int, float) if kind in allowed), str)
+    metavar = "|".join(choices(field.annotation)) or kind.__name__.upper()
+    return keywords | {"type": kind, "metavar": metavar}
 
 
 def read_config(given: dict[str, Any]) -> TrainConfig:
@@ -140,10 +138,14 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
         ConfigError: a value or a combination that is not allowed.
     """
     values: dict[str, Any] = dict(DEFAULTS)
-    file = read_file(given.pop("config", None))
+    path = given.pop("config", None)
+    file = {} if path is None else values_in(path)
     run = given.pop("resume_from", None)
     if run is not None:
-        check_run_name("resume_from", run)
+        try:
+            TrainConfig(run_name=run)
+        except ConfigError as error:
+            raise ConfigError(f"{error}".replace("run_name", "resume_from")) from None
         if (name := given.get("run_name", run)) != run:
             raise ConfigError(
                 f"run_name={name!r} cannot be combined with resume_from={run!r}, which "
@@ -194,18 +196,15 @@ def checked_storage(value: Any) -> str:
     return TrainConfig(storage_path=value, cache_dir="/").storage_path
 
 
-def read_file(path: str | None) -> dict[str, Any]:
+def values_in(path: str | Path | store.RemotePath) -> dict[str, Any]:
     """A YAML file of field names, or of flags without their dashes.
 
     Of several documents the last one counts: a run's own ``config.yaml`` has one for
     each time the run was started.
     """
-    return {} if path is None else values_in(Path(os.path.expanduser(path)))
-
-
-def values_in(path: Path | store.RemotePath) -> dict[str, Any]:
     try:
-        text = path.read_text("utf-8")
+        local = path if not isinstance(path, str) else Path(os.path.expanduser(path))
+        text = local.read_text("utf-8")
         documents = list(yaml.safe_load_all(text))
         values = (documents or [None])[-1] or {}
         if not isinstance(values, dict):
@@ -215,8 +214,7 @@ def values_in(path: Path | store.RemotePath) -> dict[str, Any]:
             f"config={str(path)!r} must be a YAML file ({first_line(error)}); try the "
             "line 'tp_size: 2'"
         ) from error
-    names = {f.name: f.name for f in fields(TrainConfig)}
-    names |= {flag: name for name, flag in FLAGS.items()}
+    names = {name: name for name in FIELDS} | {flag: n for n, flag in FLAGS.items()}
     values = {k: v for k, v in values.items() if (k, v) not in DROPPED.items()}
     for key in values:
         if key in DROPPED:

@@ -1,15 +1,16 @@
-"""Which values a TrainConfig may have: types, ranges, choices, combinations, paths."""
+"""Which values the settings of a run may have, and the sentences that refuse others."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import math
 import os
 import re
-from dataclasses import fields
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 
 class UserError(Exception):
@@ -24,143 +25,132 @@ class ConfigError(UserError, ValueError):
 
 
 SYNONYMS = {"gpu": "cuda"}  # what people type, not as similar as another choice
-POSITIVE = {  # field -> a value that works
-    "seq_length": 512,
-    "preprocessing_num_workers": 1,
-    "tp_size": 1,
-    "dp_size": 1,
-    "dp_replicate_size": 1,
-    "num_workers": 1,
-    "min_dp_size": 1,
-    "batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
-    "num_epochs": 1,
-    "max_steps": 100,
-    "learning_rate": 1e-5,
-    "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0,
-    "save_total_limit": 2,
-    "hang_timeout": 600,
-    "log_interval": 10,
-}
-NOT_NEGATIVE = (
-    "weight_decay",
-    "warmup_steps",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "max_failures",
-    "loss_chunk_tokens",
-    "seed",
-)
-BELOW_1 = {  # field -> a value that works
-    "eval_fraction": 0.01,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-}
-FROM_0_TO_1 = {"warmup_ratio": 0.03, "min_lr_ratio": 0.1}
 READ_BY = {  # field -> the setting that reads it, and its values that do
     "adam_beta1": ("optimizer", ["adamw"]),
     "adam_beta2": ("optimizer", ["adamw"]),
     "adam_epsilon": ("optimizer", ["adamw"]),
     "min_lr_ratio": ("lr_scheduler_type", ["cosine", "linear"]),
 }
-PATHS = (
-    "prepared_data",
-    "prepared_eval_data",
-    "storage_path",
-    "cache_dir",
-    "resume_from_checkpoint",
-    "export_to",
-)
-TEXTS = ("partition_config",)  # may have several lines
-NAMES = ("model_name", "dataset_name", "eval_dataset")  # a path, or a name on the Hub
 
 
-type_hints = cache(get_type_hints)  # resolving them takes longer than all the rest
+def in_one_line(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if not value.isprintable():
+        raise ValueError("must be printable text in one line")
+    return value
 
 
-def check_types(config: Any) -> None:
-    """Each value has its field's type; an int is accepted where a float is expected."""
-    hints = type_hints(type(config))
-    for f in fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
-        if type(value) is int and value.bit_length() > 63:  # too long even to print
-            raise ConfigError(
-                f"{f.name}, an integer of {value.bit_length()} bits, must have at most "
-                f"63; its default is {f.default!r}"
-            )
-        allowed = getattr(hint, "__args__", (hint,))  # `int | None` -> (int, NoneType)
-        if float in allowed and type(value) is int:
-            value = float(value)
-            object.__setattr__(config, f.name, value)
-        if type(value) not in allowed:
-            names = " or ".join(
-                "None" if t is type(None) else t.__name__ for t in allowed
-            )
-            raise ConfigError(
-                f"{f.name}={value!r} must be {names}; its default is {f.default!r}"
-            )
-        if isinstance(value, str) and not value.strip():
-            raise ConfigError(
-                f"{f.name}={value!r} must not be empty; its default is {f.default!r}"
-            )
-        if isinstance(value, str) and f.name not in TEXTS and not value.isprintable():
-            raise ConfigError(
-                f"{f.name}={value!r} must be printable text in one line; its default "
-                f"is {f.default!r}"
-            )
-
-
-def check_run_name(field: str, value: str) -> None:
+def run_name(value: str) -> str:
     """A run's name is a folder's, an actor's and part of a URL: plain characters."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        raise ConfigError(
-            f"{field}={value!r} must begin with a letter or digit, hold only letters "
-            "A to Z, digits and ._-, and have at most 100 characters; try 'run-1'"
+        raise ValueError(
+            "must begin with a letter or digit, hold only letters A to Z, digits and "
+            "._-, and have at most 100 characters, like run-1"
         )
+    return value
 
 
-def check_values(config: Any) -> None:
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} must be positive; try {POSITIVE[name]}")
-    for name in NOT_NEGATIVE:
-        value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{name}={value} must not be negative; try 0")
-    if config.seq_length < 2:
-        raise ConfigError(
-            "seq_length=1 must be at least 2, because each token predicts the next; "
-            "try 512"
+def folder(value: str) -> str:
+    """A local path is made absolute: Ray starts workers in directories of their own."""
+    return value if "://" in value else absolute(value)
+
+
+def name(value: str) -> str:
+    """A name on the Hub, or a path, made absolute; a list of them has commas.
+
+    It is a path if it is written as one or if such a file exists, as in
+    ``from_pretrained``. No file is opened.
+    """
+    if "://" in value:
+        return value
+    return ",".join(absolute(n) if is_path(n) else n for n in several(value))
+
+
+def rules(value: str) -> str:
+    return value if value.lstrip().startswith("{") else folder(in_one_line(value))
+
+
+def pack(value: Any) -> Any:
+    """As it was once written."""
+    return ("stream" if value else "none") if isinstance(value, bool) else value
+
+
+INT64 = Field(lt=2**63)
+Count = Annotated[int, Field(gt=0), INT64]
+CountOr0 = Annotated[int, Field(ge=0), INT64]
+Length = Annotated[int, Field(ge=2), INT64]  # each token predicts the next
+Stage = Annotated[int, Field(ge=0, le=3)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(gt=0, le=100)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Line = Annotated[str, AfterValidator(in_one_line)]
+Folder = Annotated[Line, AfterValidator(folder)]
+Name = Annotated[Line, AfterValidator(name)]
+RunName = Annotated[str, AfterValidator(run_name)]
+Rules = Annotated[str, AfterValidator(rules)]  # JSON text, or a JSON file
+Pack = Annotated[Literal["auto", "documents", "stream", "none"], BeforeValidator(pack)]
+
+
+def leaves(hint: Any) -> list:
+    """The plain types that an annotation allows; of a Literal, its choices."""
+    if get_origin(hint) is Literal or not get_args(hint):
+        return list(get_args(hint)) or [hint]
+    first, *others = get_args(hint)
+    others = [] if get_origin(hint) is Annotated else others
+    return [leaf for each in (first, *others) for leaf in leaves(each)]
+
+
+def choices(hint: Any) -> list[str]:
+    return [leaf for leaf in leaves(hint) if isinstance(leaf, str)]
+
+
+def in_sentences(cls):
+    """Make a dataclass of pydantic's raise ConfigError, and its help texts one line."""
+    make, known = cls.__init__, cls.__pydantic_fields__
+
+    @functools.wraps(make)
+    def __init__(self, *args, **values):
+        try:
+            make(self, *args, **values)
+        except ValidationError as error:
+            raise sentence(error.errors(include_url=False)[0], known) from None
+
+    cls.__init__ = __init__
+    return cls
+
+
+def sentence(error: dict, known: dict) -> ConfigError:
+    """One of pydantic's errors as the field, the value, the rule, a value that works.
+
+    Args:
+        known: pydantic's description of each field.
+    """
+    context = error.get("ctx", {})
+    if isinstance(context.get("error"), ConfigError):  # of a combination
+        return context["error"]
+    name, value = error["loc"][0], error["input"]
+    if name not in known:
+        return ConfigError(
+            f"{name}={shown(value)} must be a field of TrainConfig; "
+            f"try {closest(name, known)}"
         )
-    if config.zero_stage not in range(4):
-        raise ConfigError(f"zero_stage={config.zero_stage} must be 0, 1, 2 or 3; try 1")
-    if not 0 < config.dataset_percentage <= 100:
-        raise ConfigError(
-            f"dataset_percentage={config.dataset_percentage:g} must be above 0 and at "
-            "most 100; try 100"
-        )
-    for name, works in BELOW_1.items():
-        if not 0 <= (value := getattr(config, name)) < 1:
-            raise ConfigError(
-                f"{name}={value:g} must be at least 0 and below 1; try {works}"
-            )
-    for name, works in FROM_0_TO_1.items():
-        if not 0 <= (value := getattr(config, name)) <= 1:
-            raise ConfigError(f"{name}={value:g} must be from 0 to 1; try {works}")
-    for f in fields(config):
-        choices, value = f.metadata["choices"], getattr(config, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{f.name}={value} must be finite; try {f.default}")
-        if choices and value is not None and value not in choices:
-            raise ConfigError(
-                f"{f.name}={value!r} must be one of {', '.join(choices)}; "
-                f"try {closest(value, choices)}"
-            )
-    if config.run_name is not None:
-        check_run_name("run_name", config.run_name)
+    rule = context.get("error") or error["msg"].replace("Input should", "must")
+    default, advice = known[name].default, "leave it out"
+    if error["type"] == "literal_error":
+        advice = f"try {closest(value, choices(known[name].annotation))!r}"
+    elif default is not None:
+        advice = f"try {default!r}"
+    elif limit := {"gt", "ge"} & {*context}:
+        advice = f"try {context[limit.pop()] + 1}"
+    return ConfigError(f"{name}={shown(value)} {rule}; {advice}")
+
+
+def shown(value: Any) -> str:
+    is_long = type(value) is int and value.bit_length() > 63
+    return f"(an integer of {value.bit_length()} bits)" if is_long else repr(value)
 
 
 def check_combinations(config: Any) -> None:
@@ -222,26 +212,6 @@ def check_combinations(config: Any) -> None:
             )
 
 
-def make_paths_absolute(config: Any) -> None:
-    """Make local paths absolute: Ray starts each worker in a directory of its own.
-
-    A name that could also be on the Hub counts as a path if it is written as one or if
-    such a folder exists, as in ``from_pretrained``. No file is opened.
-    """
-    for name in (*PATHS, *NAMES):
-        value = getattr(config, name)
-        if value is None or "://" in value:
-            continue
-        if name in PATHS:
-            object.__setattr__(config, name, absolute(value))
-            continue
-        parts = [absolute(part) if is_path(part) else part for part in several(value)]
-        object.__setattr__(config, name, ",".join(parts))
-    rules = config.partition_config
-    if isinstance(rules, str) and not rules.lstrip().startswith("{"):  # not JSON text
-        object.__setattr__(config, "partition_config", absolute(rules))
-
-
 def several(value: str) -> list[str]:
     """The names in a list with commas; a path or a pattern may have some of its own."""
     is_one = os.path.exists(value) or glob.glob(os.path.expanduser(value))
@@ -262,9 +232,9 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def closest(value: str, choices) -> str:
+def closest(value: Any, choices) -> str:
     """The choice most similar to a mistyped value; the first if none is similar."""
     lowered = {choice.lower(): choice for choice in reversed(list(choices))}
-    given = str(value).lower()
+    given = value.lower() if isinstance(value, str) else ""
     matches = difflib.get_close_matches(SYNONYMS.get(given, given), lowered, n=1)
     return lowered[matches[0]] if matches else next(iter(choices))

@@ -1,15 +1,13 @@
 """Strategies: values, flags, files and folders that nobody should have to expect."""
 
 import json
-from dataclasses import fields
-from typing import get_type_hints
 
 from hypothesis import strategies as st
 
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import FIELDS
+from tp2d_lib.validation import choices, leaves
 
-NAMES = [f.name for f in fields(TrainConfig)]
-HINTS = get_type_hints(TrainConfig)
+NAMES = list(FIELDS)
 PLACES = ("storage_path", "cache_dir", "export_to")  # where something may be written
 
 EDGES = [-1, 0, 1, 2, 4, 63, 2**31, 2**63, 10**18, 10**4000]
@@ -47,15 +45,15 @@ def value_of(name: str):
         return places
     if name == "resume_from":  # a flag only
         return texts
-    choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
-    kinds = getattr(HINTS[name], "__args__", (HINTS[name],))
+    hint = FIELDS[name].annotation
     likely = {
         bool: st.booleans(),
         int: st.integers(0, 9),
         float: st.floats(0, 1),
-        str: st.sampled_from(choices or REAL),
+        str: st.sampled_from(choices(hint) or REAL),
     }
-    likely = st.one_of(*(likely[kind] for kind in kinds if kind in likely))
+    kinds = [kind for kind in (bool, int, float) if kind in leaves(hint)]
+    likely = st.one_of(*(likely[kind] for kind in kinds or [str]))
     return st.booleans().flatmap(lambda usual: likely if usual else wild)
 
 
