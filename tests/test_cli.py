@@ -31,7 +31,6 @@ SAMPLES = {  # a flag's text and the value it must become, where one text does n
     "lr_scheduler_type": "constant",
     "device": "cpu",
     "dtype": "float32",
-    "tp_preset": "llama",
 }
 
 
@@ -105,9 +104,9 @@ def test_demo_then_file_then_flags(tmp_path):
 
 def test_numbers_of_yaml_are_numbers(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("tp_size: 2\nlearning_rate: 1e-5\nwarmup_ratio: 1E-1\n")
+    file.write_text("tp_size: 2\nlearning_rate: 1e-5\nwarmup_steps: 1E-1\n")
     config = read_config({"config": str(file)})
-    assert (config.learning_rate, config.warmup_ratio) == (1e-5, 0.1)
+    assert (config.learning_rate, config.warmup_steps) == (1e-5, 0.1)
     file.write_text("tp_size: 2\nlearning_rate: fast\n")
     with pytest.raises(ConfigError, match="learning_rate='fast' must be a valid"):
         read_config({"config": str(file)})
@@ -182,7 +181,7 @@ def test_usage_is_short(capsys):
             "zero_stage=5 must be less than",
         ),
         (
-            ["--tp_size", "2", "--tp_preset", "mixtral"],
+            ["--tp_size", "2", "--partition_config", "mixtral"],
             "must match the name of a weight",
         ),
     ],

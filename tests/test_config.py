@@ -96,7 +96,6 @@ def test_zero(make, field, rule):
     ("field", "limit", "rule"),
     [
         ("dataset_percentage", 100, "less than or equal to 100"),
-        ("warmup_ratio", 1, "less than or equal to 1"),
         ("min_lr_ratio", 1, "less than or equal to 1"),
         ("zero_stage", 3, "less than or equal to 3"),
     ],

@@ -35,7 +35,6 @@ SEEN_BY = {
     "seq_length": "data/test_rows:test_packed_rows_are_the_joined_documents",
     "pack": "data/test_rows:test_padded_rows_are_one_document_each",
     "train_on": "data/test_chat:test_only_the_assistant_is_trained_on",
-    "preprocessing_num_workers": "test_flags:test_so_many_processes_tokenise",
     "prepared_data": "test_flags:test_prepared_rows_are_taken_as_they_are",
     "eval_dataset": "run/test_evaluate:test_no_token_is_left_out",
     "eval_split": "run/test_evaluate:test_the_datasets_own_split_is_the_default",
@@ -60,13 +59,11 @@ SEEN_BY = {
     "adam_epsilon": "test_optimizer:test_equal_to_one_process",
     "decay": "test_optimizer:test_equal_to_one_process",
     "lr_scheduler_type": "run/test_loop:test_schedules_are_those_of_transformers",
-    "warmup_steps": "run/test_loop:test_schedules_are_those_of_transformers",
     "min_lr_ratio": "run/test_loop:test_schedules_are_those_of_transformers",
-    "warmup_ratio": "run/test_loop:test_warm_up_is_linear_and_reaches_the_peak",
+    "warmup_steps": "run/test_loop:test_warm_up_is_linear_and_reaches_the_peak",
     "weight_decay": "test_flags:test_weight_decay_shrinks_weights",
     "max_grad_norm": "fsdp/test_parity:test_reference_clips_and_moves",
     "zero_stage": "cost/test_dryrun:test_prediction_is_what_a_rank_then_holds",
-    "tp_preset": "autotp/test_partition:test_every_source_equals_one_process",
     "partition_config": "autotp/test_partition:test_every_source_equals_one_process",
     "vocab_parallel_lm_head": "autotp/test_partition:test_vocabulary_tied_and_untied",
     "seed": "data/test_loader:test_order_depends_on_seed_and_epoch_only",
@@ -189,7 +186,7 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
 
 
 def test_so_many_processes_tokenise(config, monkeypatch):
-    """As many as are asked for, but no more than there are cores; in the same order."""
+    """As many as are worth it, but no more than there are cores; in the same order."""
     seen = []
     start = data.workers.workers
 
@@ -200,8 +197,9 @@ def test_so_many_processes_tokenise(config, monkeypatch):
     monkeypatch.setattr(data.workers, "workers", look)
     monkeypatch.setattr("loky.cpu_count", lambda: 2)
     one = data.prepare(config)
+    monkeypatch.setattr(data.workers, "MANY", 1000)
     other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
-    two = data.prepare(replace(other, preprocessing_num_workers=3))
+    two = data.prepare(other)
     assert seen == [1, 2]
     same = (np.load(rows / "input_ids.npy") for rows in (one, two))
     np.testing.assert_array_equal(*same)

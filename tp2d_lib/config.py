@@ -92,8 +92,6 @@ class TrainConfig:
     pack: Pack = "auto"
     """how documents share rows; documents: none looks into another; stream: all joined
     and cut; none: one padded row each; auto: stream for text, else documents"""
-    preprocessing_num_workers: Count | None = None
-    """processes that tokenise; if omitted, as many as are worth it"""
     prepared_data: Folder | None = None
     """folder of rows from data.prepare; if omitted, prepared before the run"""
 
@@ -145,10 +143,8 @@ class TrainConfig:
     """what AdamW adds to its denominator"""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """schedule after the linear warm-up"""
-    warmup_ratio: Ratio = 0.03
-    """fraction of steps used for warm-up, 0 to 1"""
-    warmup_steps: CountOr0 | None = None
-    """steps used for warm-up; if omitted, by warmup_ratio"""
+    warmup_steps: NotNegative = 0.03
+    """steps of a linear warm-up; below 1, a fraction of all steps"""
     min_lr_ratio: Ratio = 0.0
     """learning rate at the end, as a fraction of the peak, 0 to 1"""
     weight_decay: NotNegative = 0.01
@@ -161,13 +157,9 @@ class TrainConfig:
     """at a loss or gradient that is infinite or NaN: stop, or skip the update"""
     zero_stage: Stage = 1
     """DeepSpeed: ZeRO stage, 0 to 3: what is partitioned over dp"""
-    tp_preset: (
-        Literal["llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3"]
-        | None
-    ) = None
-    """DeepSpeed: built-in rules for sharding over tp; if omitted, the model's own"""
     partition_config: Rules | dict | None = None
-    """DeepSpeed: your own rules for sharding over tp, as JSON or a JSON file"""
+    """DeepSpeed: rules for sharding over tp, as JSON, a JSON file or a preset, such as
+    llama or phi3; if omitted, the model's own"""
     vocab_parallel_lm_head: bool = True
     """DeepSpeed: shard embedding, head and loss over the vocabulary"""
     seed: CountOr0 = 42

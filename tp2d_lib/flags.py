@@ -35,6 +35,9 @@ DROPPED = {  # settings of older releases, and what they were if nobody set them
     "profile_steps": 0,
     "bf16_master_weights": False,
     "sync_each_batch": True,
+    "tp_preset": None,
+    "preprocessing_num_workers": None,
+    "warmup_ratio": 0.03,
 }
 ONLY = {"autotp": "DeepSpeed: ", "fsdp": "FSDP2: "}  # prefix of its own fields' help
 PLAN = {  # what goes with --plan_mesh: type, metavar, help
@@ -220,7 +223,7 @@ def values_in(path: str | Path | store.RemotePath) -> dict[str, Any]:
         if key in DROPPED:
             raise ConfigError(
                 f"{key}={values[key]!r} in config={str(path)!r} must be left out: it "
-                "is not a setting any more; docs/recipes.md may have it"
+                "is not a setting any more; CHANGELOG.md tells what is"
             )
         if key not in names:
             raise ConfigError(

@@ -68,7 +68,8 @@ def name(value: str) -> str:
 
 
 def rules(value: str) -> str:
-    return value if value.lstrip().startswith("{") else folder(in_one_line(value))
+    is_text = value in get_args(Preset) or value.lstrip().startswith("{")
+    return value if is_text else folder(in_one_line(value))
 
 
 def pack(value: Any) -> Any:
@@ -76,6 +77,7 @@ def pack(value: Any) -> Any:
     return ("stream" if value else "none") if isinstance(value, bool) else value
 
 
+Preset = Literal["llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3"]
 INT64 = Field(lt=2**63)
 Count = Annotated[int, Field(gt=0), INT64]
 CountOr0 = Annotated[int, Field(ge=0), INT64]
@@ -90,7 +92,9 @@ Line = Annotated[str, AfterValidator(in_one_line)]
 Folder = Annotated[Line, AfterValidator(folder)]
 Name = Annotated[Line, AfterValidator(name)]
 RunName = Annotated[str, AfterValidator(run_name)]
-Rules = Annotated[str, AfterValidator(rules)]  # JSON text, or a JSON file
+Rules = Annotated[
+    str, AfterValidator(rules)
+]  # a preset of DeepSpeed, JSON text, or a JSON file
 Pack = Annotated[Literal["auto", "documents", "stream", "none"], BeforeValidator(pack)]
 
 
@@ -137,7 +141,7 @@ def sentence(error: dict, known: dict) -> ConfigError:
             f"{name}={shown(value)} must be a field of TrainConfig; "
             f"try {closest(name, known)}"
         )
-    rule = context.get("error") or error["msg"].replace("Input should", "must")
+    rule = rule_of(error)
     default, advice = known[name].default, "leave it out"
     if error["type"] == "literal_error":
         advice = f"try {closest(value, choices(known[name].annotation))!r}"
@@ -146,6 +150,12 @@ def sentence(error: dict, known: dict) -> ConfigError:
     elif limit := {"gt", "ge"} & {*context}:
         advice = f"try {context[limit.pop()] + 1}"
     return ConfigError(f"{name}={shown(value)} {rule}; {advice}")
+
+
+def rule_of(error: dict) -> str:
+    known = {"missing": "must be given", "extra_forbidden": "must be left out"}
+    said = known.get(error["type"], error["msg"].replace("Input should", "must"))
+    return str(error.get("ctx", {}).get("error", said))
 
 
 def shown(value: Any) -> str:

@@ -36,9 +36,8 @@ def compare_data(rounds: int, storage: str) -> Table:
     dataset = f"{storage}/long"
     demo.write_dataset(Path(dataset), train=demo.paragraphs() * 10)
 
-    def seconds(workers: int = 1, apart: bool = False, tokenising: int = 1) -> float:
-        settings = {"dataset_name": dataset, "preprocessing_num_workers": tokenising}
-        config = bench_config(storage, dp_size=1, tp_size=1, **settings)
+    def seconds(workers: int = 1, apart: bool = False) -> float:
+        config = bench_config(storage, dp_size=1, tp_size=1, dataset_name=dataset)
         with tempfile.TemporaryDirectory(dir=storage) as folder:
             return max(run(prepare, config, folder, workers, apart))
 
@@ -48,6 +47,5 @@ def compare_data(rounds: int, storage: str) -> Table:
             "once, 1 worker": seconds,
             "once, 4 workers: one works, 3 wait": partial(seconds, workers=4),
             "4 workers, each on its own": partial(seconds, workers=4, apart=True),
-            "once, preprocessing_num_workers=4": partial(seconds, tokenising=4),
         }
         return "seconds", alternate(rounds, measures)

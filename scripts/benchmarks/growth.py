@@ -110,12 +110,12 @@ def prepare(storage: str, times: int) -> float:
     config = bench_config(storage, 1, 1, dataset_name=f"{storage}/corpus-{times}")
     with tempfile.TemporaryDirectory(dir=storage) as folder:
         start = time.perf_counter()
-        data.prepare(replace(config, cache_dir=folder, preprocessing_num_workers=1))
+        data.prepare(replace(config, cache_dir=folder))
         return time.perf_counter() - start
 
 
 def compare_corpora(rounds: int, storage: str) -> Table:
-    """17. A larger corpus: data.prepare of so many times the demo corpus, one worker.
+    """17. A larger corpus: data.prepare of so many times the demo corpus.
     In theory so many times as long.
     """
     for times in CORPORA:

@@ -37,7 +37,7 @@ VARIANTS = [
     ("padded", 1, "sgd"),
 ]
 REPLICATED_ATTENTION = {  # on top of a preset, whose rules shard it
-    "use_default_specs": True,
+    "preset_model": "llama",
     "layer_specs": [{"patterns": [r".*\.self_attn\."], "partition_type": "skip"}],
 }
 SOURCES = {
@@ -46,21 +46,21 @@ SOURCES = {
         {"vocab_parallel_lm_head": False},
     ),
     "plan, untied, vocabulary replicated": ("llama", {"vocab_parallel_lm_head": False}),
-    "preset": ("llama", {"tp_preset": "llama"}),
-    "preset, fused": ("phi3-mha", {"tp_preset": "phi3"}),
+    "preset": ("llama", {"partition_config": {"preset_model": "llama"}}),
+    "preset, fused": ("phi3-mha", {"partition_config": "phi3"}),
     "rules, fused, untied": ("phi3", {"partition_config": FUSED}),
     "rules, fused, tied": ("phi3-tied", {"partition_config": FUSED}),
     "rules for some": ("llama", {"partition_config": ONLY_MLP}),
     "rules on top of a preset": (
         "llama",
-        {"tp_preset": "llama", "partition_config": REPLICATED_ATTENTION},
+        {"partition_config": REPLICATED_ATTENTION},
     ),
     "blocks": ("stablelm", {}),
 }
 SAID = {
-    "preset": "tp_preset='llama'",
+    "preset": "partition_config='llama'",
     "rules for some": "partition_config",
-    "rules on top of a preset": "partition_config on top of tp_preset='llama'",
+    "rules on top of a preset": "partition_config",
     "blocks": "rules for the blocks that can be sharded completely",
 }
 
@@ -222,14 +222,18 @@ def test_a_head_in_columns_must_be_gathered(models, tmp_path):
 
 def test_presets_that_do_not_fit_are_refused(models, tmp_path):
     config = make_config(models["llama"], str(tmp_path), 2, 2, 1, VARIANTS[0])
-    with pytest.raises(ConfigError, match="tp_preset='lama' must be 'llama', 'bloom'"):
-        replace(config, tp_preset="lama")
-    with pytest.raises(PlanError, match=r"tp_preset='mixtral': the pattern .* matches"):
-        autotp.check(replace(config, tp_preset="mixtral"))
+    with pytest.raises(
+        ConfigError, match=r"lama' must be llama, bloom, .*, a JSON file"
+    ):
+        autotp.check(replace(config, partition_config="lama"))
+    with pytest.raises(PlanError, match=r"='mixtral': the pattern .* matches none"):
+        autotp.check(replace(config, partition_config="mixtral"))
     config = make_config(models["phi3"], str(tmp_path), 2, 2, 1, VARIANTS[0])
-    with pytest.raises(PlanError, match=r"tp_preset='phi3' must .* as the 3 weights"):
-        autotp.check(replace(config, tp_preset="phi3"))  # fewer key-value heads
-    with pytest.raises(PlanError, match=r"layers that DeepSpeed can .* tp_preset"):
+    with pytest.raises(PlanError, match=r"_config='phi3' must .* as the 3 weights"):
+        autotp.check(replace(config, partition_config="phi3"))  # fewer key-value heads
+    with pytest.raises(
+        PlanError, match=r"layers that DeepSpeed can .* partition_config"
+    ):
         autotp.check(config)  # its own plan
 
 
@@ -299,22 +303,22 @@ def test_one_key_value_head_cannot_be_sharded(tmp_path):
 
 
 BAD_FILES = {
-    "no such file": ("rules.json", "must be a JSON file or JSON text"),
-    "not JSON": ("{", "must be a JSON file or JSON text"),
-    "a list": ({"layer_specs": [[]]}, "a rule of partition_config must be an object"),
-    "no rules": ({"use_default_specs": False}, "must be an object, not None"),
-    "unknown key": ({"layer_spec": []}, "'layer_spec' in partition_config must be one"),
+    "no such file": ("rules.json", "a JSON file or JSON text"),
+    "not JSON": ("{", "a JSON file or JSON text"),
+    "a list": ({"layer_specs": [[]]}, r"layer_specs.0=\[\] must be a valid dict"),
+    "no rules": ({"use_default_specs": False}, "must have layer_specs"),
+    "unknown key": ({"layer_spec": []}, "config.layer_spec=.* must be left out"),
     "unknown word": (
         rules({"pattern": ["x"]}),
-        "'pattern' in a rule .* must be one of .*; try 'patterns'",
+        "layer_specs.0.patterns=.* must be given; try",
     ),
     "unknown kind": (
         rules({"patterns": ["x"], "partition_type": "rows"}),
-        "partition_type='rows' .* must be one of column, row, skip; try 'row'",
+        "partition_type='rows' must be 'column', 'row' or 'skip'; try",
     ),
-    "not an expression": (rules({"patterns": ["("]}), "must be regular expressions"),
-    "no patterns": (rules({"partition_type": "row"}), "must be regular expressions"),
-    "wrong type": (rules({"patterns": "x"}), "patterns='x' .* must be list"),
+    "not an expression": (rules({"patterns": ["("]}), "must be a regular expression"),
+    "no patterns": (rules({"partition_type": "row"}), "patterns=.* must be given"),
+    "wrong type": (rules({"patterns": "x"}), "patterns='x' must be a valid list"),
 }
 
 

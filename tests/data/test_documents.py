@@ -161,16 +161,16 @@ def test_a_text_that_reads_like_messages_is_text(make, tmp_path):
 
 def test_several_processes_encode_the_same(chat, monkeypatch):
     """In order, and what one of them refuses is told as ever."""
-    monkeypatch.setattr("loky.cpu_count", lambda: 2)
     monkeypatch.setattr("tp2d_lib.data.workers.CHUNK", 3)
     records = [
         {"messages": [turn(f"ask {n}", "user"), turn(f"say {n}")]} for n in range(9)
     ]
     one = rows_of(chat("qwen", records))
-    other = chat("qwen", records, preprocessing_num_workers=2)
+    monkeypatch.setattr("tp2d_lib.data.tokens.processes", lambda size: 2)
+    other = chat("qwen", records)
     assert rows_of(replace(other, cache_dir=other.cache_dir + "-2")) == one
     records[7]["messages"][1]["content"] = "\ud800"
-    assert "not line 8 of" in refuse(chat("qwen", records, preprocessing_num_workers=2))
+    assert "not line 8 of" in refuse(chat("qwen", records))
 
 
 def test_instructions_without_a_template(make, tmp_path):

@@ -58,8 +58,9 @@ def refuse(config: TrainConfig) -> str:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_packed_rows_are_the_joined_documents(make, workers):
-    config = make(preprocessing_num_workers=workers, seq_length=100)
+def test_packed_rows_are_the_joined_documents(make, workers, monkeypatch):
+    monkeypatch.setattr("tp2d_lib.data.tokens.processes", lambda size: workers)
+    config = make(seq_length=100)
     lines = Path(config.dataset_name, "train.jsonl").read_text().splitlines()
     documents = encode(config, [json.loads(line)["text"] for line in lines])
     rows = read(data.prepare(config))

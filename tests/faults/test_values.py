@@ -19,7 +19,7 @@ def test_a_run_name_is_one_plain_folder(value):
 
 
 @pytest.mark.parametrize(
-    "field", ["learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"]
+    "field", ["learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"]
 )
 def test_infinite(field):
     message = refuse_field(TrainConfig, field, float("inf"), "must be")

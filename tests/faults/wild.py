@@ -69,8 +69,6 @@ def flags_of(draw, flags: dict[str, str]):
     """Arguments of a command; ``flags``: name of a field -> its flag."""
     argv = []
     for name, value in draw(settings_of(sorted(flags))).items():
-        if name == "tp_preset" and draw(st.booleans()):
-            continue
         form = draw(st.sampled_from(["two", "two", "one", "off", "alone"]))
         argv += {
             "two": [flags[name], shown(value)],

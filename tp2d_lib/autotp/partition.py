@@ -40,11 +40,9 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]
     Raises:
         PlanError: no block can be sharded.
     """
-    own, preset = config.partition_config, config.tp_preset
-    if preset and own and own.get("use_default_specs", True):
-        return f"partition_config on top of tp_preset={preset!r}", own
-    if own or preset:
-        return "partition_config" if own else f"tp_preset={preset!r}", own
+    if own := config.partition_config:
+        preset = "" if "layer_specs" in own else f"={own['preset_model']!r}"
+        return f"partition_config{preset}", own
     published = model.tp_plan or {}
     styles = derived_styles(model)
     if set(published.values()) <= SUPPORTED_STYLES and is_all_sharded(model, styles):
@@ -53,8 +51,8 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]
         raise PlanError(
             f"{type(model).__name__} must have layers that DeepSpeed can shard, by a "
             f"tp_plan or by their names, but its plan has "
-            f"{', '.join(sorted(set(published.values()))) or 'none'}; try a tp_preset, "
-            "rules of your own in partition_config, or tp_size=1"
+            f"{', '.join(sorted(set(published.values()))) or 'none'}; try a "
+            "partition_config, or tp_size=1"
         )
     specs = [
         {"patterns": [rf"^{re.escape(name)}\.weight$"], **SPECS[style]}
@@ -91,11 +89,12 @@ def is_all_sharded(model: nn.Module, styles: dict[str, str]) -> bool:
     return bool(named) and named <= styles.keys()
 
 
-def layer_specs(model: nn.Module, config: TrainConfig, rules: dict | None) -> list:
+def layer_specs(model: nn.Module, rules: dict | None) -> list:
     """The rules as DeepSpeed's objects, presets among them."""
-    if rules is None and not config.tp_preset:
+    if rules is None:
         return TPPlanConverter.convert(model.tp_plan)
-    chosen = TPTrainingConfig(partition_config=rules, preset_model=config.tp_preset)
+    preset, own = rules.get("preset_model"), rules if "layer_specs" in rules else None
+    chosen = TPTrainingConfig(preset_model=preset, partition_config=own)
     return chosen.get_partition_config_object().layer_specs
 
 
@@ -123,7 +122,7 @@ def check(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
         check_vocabulary_can_be_sharded(model)
     if source == DERIVED:
         return source, given
-    rules = layer_specs(model, config, given)
+    rules = layer_specs(model, given)
     weights = {
         f"{name}.weight": module
         for name, module in model.named_modules()

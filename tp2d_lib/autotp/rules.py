@@ -8,24 +8,23 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from tp2d_lib.config import ConfigError, closest
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-RULE_KEYS = {  # of DeepSpeed's TPLayerSpec, with the type of each value
-    "patterns": list,
-    "partition_type": str,
-    "shape": list,
-    "partition_dim": int,
-    "gather_output": bool,
-    "grad_allreduce": bool,
-    "model_types": list,
-}
-KINDS = ("column", "row", "skip")
+from tp2d_lib.config import ConfigError, first_line
+from tp2d_lib.validation import Preset, choices, rule_of, shown
+
 EXAMPLE = (
     '{"layer_specs": [{"patterns": [".*o_proj.weight$"], "partition_type": "row"}]}'
 )
-
 MATCH_LIMIT_S = 10  # a sound pattern takes milliseconds
 MATCH = """
 import json, re, sys
@@ -35,51 +34,71 @@ for name in names:
 """
 
 
+def expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression ({error})") from error
+    return value
+
+
+class Rule(BaseModel):
+    """DeepSpeed's TPLayerSpec."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    patterns: list[Annotated[str, AfterValidator(expression)]] = Field(min_length=1)
+    partition_type: Literal["column", "row", "skip"] = "column"
+    shape: list | None = None
+    partition_dim: int | None = None
+    gather_output: bool = False
+    grad_allreduce: bool = False
+    model_types: list[str] | None = None
+
+
+class Rules(BaseModel):
+    """DeepSpeed's ``preset_model`` and, on top of it or alone, ``partition_config``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    preset_model: Preset | None = None
+    use_default_specs: bool = True
+    layer_specs: list[Rule] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def not_empty(self):
+        if not (self.preset_model or self.layer_specs):
+            raise ValueError("must have layer_specs")
+        return self
+
+
 def read(value: dict | str | None) -> dict | None:
-    """The rules as a dictionary, from a dictionary, JSON text or a JSON file.
+    """The rules as a dictionary: those given, of JSON text, a JSON file, or a preset.
 
     Raises:
         ConfigError: no such file, not JSON, an unknown key or value, an empty rule.
     """
+    if value is None:
+        return None
+    if value in choices(Preset):
+        return {"preset_model": value}
     if isinstance(value, str):
         try:
             is_text = value.lstrip().startswith("{")
             value = json.loads(value if is_text else Path(value).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"partition_config={value!r} must be a JSON file or JSON text "
-                f"({error}); try {EXAMPLE}"
+                f"partition_config={value!r} must be {', '.join(choices(Preset))}, a "
+                f"JSON file or JSON text ({first_line(error)}); try {EXAMPLE}"
             ) from error
-    if value is not None:
-        check_keys("partition_config", value, ("use_default_specs", "layer_specs"))
-        for rule in value.get("layer_specs") or [None]:
-            check_rule(rule)
-    return value
-
-
-def check_rule(rule: Any) -> None:
-    """One entry of ``layer_specs``: known keys, right types, patterns that compile."""
-    check_keys("a rule of partition_config", rule, RULE_KEYS)
-    for key, value in rule.items():
-        if type(value) is not RULE_KEYS[key]:
-            raise ConfigError(
-                f"{key}={value!r} of a rule of partition_config must be "
-                f"{RULE_KEYS[key].__name__}; try {EXAMPLE}"
-            )
-    kind = rule.get("partition_type", "column")
-    if kind not in KINDS:
+    try:
+        return Rules.model_validate(value).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("partition_config", *first["loc"])))
         raise ConfigError(
-            f"partition_type={kind!r} of a rule of partition_config must be one of "
-            f"{', '.join(KINDS)}; try {closest(kind, KINDS)!r}"
-        )
-    for pattern in rule.get("patterns") or [None]:
-        try:
-            re.compile(pattern)
-        except (TypeError, re.error) as error:
-            raise ConfigError(
-                f"patterns={rule.get('patterns')!r} of a rule of partition_config must "
-                f"be regular expressions ({error}); try '.*o_proj\\.weight$'"
-            ) from error
+            f"{place}={shown(first['input'])} {rule_of(first)}; try {EXAMPLE}"
+        ) from error
 
 
 def check_time(value: dict | None, names: Iterable[str]) -> None:
@@ -91,7 +110,7 @@ def check_time(value: dict | None, names: Iterable[str]) -> None:
     Raises:
         ConfigError: a pattern that backtracks without end.
     """
-    rules = (value or {}).get("layer_specs", ())
+    rules = (value or {}).get("layer_specs") or ()
     for pattern in [pattern for rule in rules for pattern in rule["patterns"]]:
         try:
             subprocess.run(
@@ -106,14 +125,3 @@ def check_time(value: dict | None, names: Iterable[str]) -> None:
                 f"model's names within {MATCH_LIMIT_S} s, without nested repetitions; "
                 "try '.*o_proj\\.weight$'"
             ) from None
-
-
-def check_keys(what: str, value: Any, known) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{what} must be an object, not {value!r}; try {EXAMPLE}")
-    for key in value:
-        if key not in known:
-            raise ConfigError(
-                f"{key!r} in {what} must be one of {', '.join(known)}; "
-                f"try {closest(key, known)!r}"
-            )

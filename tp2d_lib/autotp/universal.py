@@ -26,7 +26,7 @@ FILES = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 LAYOUT_FILE = "layout.json"  # beside DeepSpeed's files
 TAG = "universal"  # the folder of the converted files
 LAYOUT = ("tp_size", "dp_size", "zero_stage")
-PLAN = ("tp_preset", "partition_config", "vocab_parallel_lm_head")
+PLAN = ("partition_config", "vocab_parallel_lm_head")
 
 
 # Its processes must inherit what they may load, so they are forked; Python 3.14 does

@@ -14,6 +14,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
     on_gpu = where == "cuda"  # CPUs have no second stream to overlap with
     dtype, _ = pick_dtype(config, where)
     is_half = dtype == torch.bfloat16
+    rules = config.partition_config or {}
     accumulate = "fp32" if is_half and config.zero_stage > 0 else None
     return {
         "train_micro_batch_size_per_gpu": config.batch_size_per_gpu,
@@ -21,8 +22,8 @@ def deepspeed_config(config: TrainConfig) -> dict:
         "gradient_clipping": config.max_grad_norm,
         "tensor_parallel": {
             "autotp_size": config.tp_size,
-            "preset_model": config.tp_preset,
-            "partition_config": config.partition_config,
+            "preset_model": rules.get("preset_model"),
+            "partition_config": rules if "layer_specs" in rules else None,
             "vocab_parallel_lm_head": shards_vocabulary(config),
             "tp_overlap_comm": True,  # with computing the weight's gradient
         },

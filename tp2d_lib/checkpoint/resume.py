@@ -23,7 +23,6 @@ PLACES = (  # where things are, and who does them: no part of what is computed
     "cache_dir",
     "prepared_eval_data",
     "resume_from_checkpoint",
-    "preprocessing_num_workers",
     "num_workers",
     "export_to",
     "export_dtype",

@@ -67,7 +67,7 @@ def tokenize(
     documents = kept(config, reading, held_out, why, roles)
     given = (tokenizer, config.train_on, reading.parses, reading.day)
     masked = reading.is_masked
-    count = processes(config, sum(part.size() for part in reading.dataset.parts))
+    count = processes(sum(part.size() for part in reading.dataset.parts))
     names = ("tokens.ids", "tokens.trained")
     with open(folder / names[0], "wb") as ids, open(folder / names[1], "wb") as trained:
         bar = tqdm(desc="tokenise", unit=" documents", disable=not sys.stderr.isatty())

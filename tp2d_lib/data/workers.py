@@ -84,18 +84,17 @@ def encode(documents: list[Document]) -> list[Encoded]:
     return encoder(documents)
 
 
-def processes(config: TrainConfig, size: int) -> int:
+def processes(size: int) -> int:
     """At most as many as the cores that this process may use, and one for little.
 
     Args:
         size: bytes of the dataset's files.
     """
-    wanted = config.preprocessing_num_workers or 1 + size // MANY
-    if wanted == 1:
+    if size < MANY:
         return 1
     import loky  # here: most runs do without
 
-    return min(wanted, loky.cpu_count())
+    return min(1 + size // MANY, loky.cpu_count())
 
 
 def result(config: TrainConfig, places: tuple[str, ...], future) -> list[Encoded]:
@@ -103,8 +102,8 @@ def result(config: TrainConfig, places: tuple[str, ...], future) -> list[Encoded
         return future()
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"preprocessing_num_workers={config.preprocessing_num_workers} must leave "
-            "each process memory to tokenise, but one has died; try 1"
+            f"dataset_name={config.dataset_name!r} must leave each process memory to "
+            "tokenise, but one has died; try fewer cores, with taskset --cpu-list 0"
         ) from error
     except EncodeError as error:
         where = places[error.number]

@@ -13,8 +13,8 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     The curves are those of transformers' schedules, which begin the warm-up at zero.
     """
     warmup = config.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(config.warmup_ratio * total)
+    if warmup < 1:
+        warmup = math.ceil(warmup * total)
     if step <= warmup:
         return config.learning_rate * step / warmup
     done = (step - warmup - 1) / max(total - warmup, 1)
