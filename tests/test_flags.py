@@ -185,24 +185,11 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
     assert documents(dataset_config="second", dataset_split="test") == 20
 
 
-def test_so_many_processes_tokenise(config, monkeypatch):
-    """As many as are worth it, but no more than there are cores; in the same order."""
-    seen = []
-    start = data.workers.workers
-
-    def look(given, count):
-        seen.append(count)
-        return start(given, count)
-
-    monkeypatch.setattr(data.workers, "workers", look)
+def test_so_many_processes_tokenise(monkeypatch):
+    """As many as are worth it, but no more than there are cores."""
     monkeypatch.setattr("loky.cpu_count", lambda: 2)
-    one = data.prepare(config)
-    monkeypatch.setattr(data.workers, "MANY", 1000)
-    other = replace(config, cache_dir=str(Path(config.storage_path) / "other"))
-    two = data.prepare(other)
-    assert seen == [1, 2]
-    same = (np.load(rows / "input_ids.npy") for rows in (one, two))
-    np.testing.assert_array_equal(*same)
+    sizes = [size * data.workers.MANY for size in (0, 0.9, 1, 99)]
+    assert [data.workers.processes(size) for size in sizes] == [1, 1, 2, 2]
 
 
 def test_prepared_rows_are_taken_as_they_are(config):

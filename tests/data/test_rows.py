@@ -57,9 +57,7 @@ def refuse(config: TrainConfig) -> str:
     return message
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_packed_rows_are_the_joined_documents(make, workers, monkeypatch):
-    monkeypatch.setattr("tp2d_lib.data.tokens.processes", lambda size: workers)
+def test_packed_rows_are_the_joined_documents(make):
     config = make(seq_length=100)
     lines = Path(config.dataset_name, "train.jsonl").read_text().splitlines()
     documents = encode(config, [json.loads(line)["text"] for line in lines])

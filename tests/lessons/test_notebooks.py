@@ -51,7 +51,7 @@ def test_mirrored_cells_equal_the_library(path, tmp_path):
     assert sync_notebooks.sync(path, check=True) == []
     edited = read(path)
     mirrored = [cell for cell in edited.cells if cell.metadata.get("tp2d_source")]
-    assert len(mirrored) >= 5
+    assert len(mirrored) >= 2
     mirrored[0].source += " "  # one byte, and it is seen
     nbformat.write(edited, tmp_path / "edited.ipynb")
     (reference,) = sync_notebooks.sync(tmp_path / "edited.ipynb", check=True)
@@ -115,7 +115,7 @@ def test_fingerprints_follow_the_dp_rank(path, execute):
 
 def test_equal_seeds_copy_features(execute):
     text = printed(execute(FSDP)[0])
-    rows = re.findall(r"^\((\d), (\d)\) +(\d+) +(\d+)$", text, re.MULTILINE)
+    rows = re.findall(r"seeds \((\d), (\d)\): (\d+) copied features, rank (\d+)", text)
     assert rows == [("0", "0", "32", "32"), ("0", "1", "0", "64")]
 
 
@@ -139,18 +139,35 @@ def test_the_model_learned(path, execute):
         assert float(held_out[1]) < float(held_out[0]) < guess
 
 
-@each
-def test_resume_after_sigkill_is_exact(path, execute):
-    text = printed(execute(path)[0])
+def test_resume_after_sigkill_is_exact(execute):
+    text = printed(execute(FSDP)[0])
     assert "died" in text  # Ray saw the worker go
     assert number("of the two loss curves:", text) == 0
-    same, of = re.search(r"(\d+) of (\d+) (?:shard files|tensors)", text).groups()
-    assert same == of == {FSDP: "4", AUTOTP: "70"}[path]
+    same, of = re.search(r"(\d+) of (\d+) shard files", text).groups()
+    assert same == of == "4"
+
+
+def test_steps_after_a_restart_repeat_the_lost_ones(execute):
+    """And in the end they are those of a run without an accident: below."""
+    text = printed(execute(AUTOTP)[0])
+    assert "died" in text
+    assert "resumed after step 20" in text
+    first, last = re.search(r"steps (\d+) to (\d+) were trained twice", text).groups()
+    assert (first, last) == ("21", "24")
+    assert number("largest difference of their losses:", text) == 0
+
+
+def interrupted(path, execute) -> Path:
+    """The folder of the run that lost a worker."""
+    if path == AUTOTP:
+        return kept_by(path, execute)
+    (run,) = (execute(path)[1] / "runs").glob("*-accident")
+    return run
 
 
 @each
 def test_tensorboard_has_one_clean_curve(path, execute):
-    (run,) = (execute(path)[1] / "runs").glob("*-accident")
+    run = interrupted(path, execute)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == list(range(1, 41))
@@ -174,17 +191,15 @@ def test_summary_repeats_the_figures(path, execute):
 
 def test_a_dtensor_is_shown_before_it_is_used(execute):
     text = printed(execute(FSDP)[0])
-    held = re.findall(
-        r"^(\S.*?\S) +(\w+\(.*?\)) +([01]) +(\[.*\])$", text, re.MULTILINE
-    )
-    steps = {(name, placement) for name, placement, _, _ in held}
-    assert steps == {
-        ("rows", "Shard(dim=0)"),
-        ("copies", "Replicate()"),
-        ("columns @ rows", "Partial(sum)"),
-        ("sum", "Shard(dim=0)"),
+    line = r"^(.+), (\w+\(.*\))\n  rank 0: (.+)\n  rank 1: (.+)$"
+    held = {name: each for name, *each in re.findall(line, text, re.MULTILINE)}
+    assert {name: placement for name, (placement, *_) in held.items()} == {
+        "rows": "Shard(dim=0)",
+        "copies": "Replicate()",
+        "columns @ rows": "Partial(sum)",
+        "sum": "Shard(dim=0)",
     }
-    assert ("rows", "Shard(dim=0)", "1", "[8, 9, 10, 11], [12, 13, 14, 15]") in held
+    assert held["rows"][2] == "[[8, 9, 10, 11], [12, 13, 14, 15]]"
 
 
 def test_every_plan_computes_the_same(execute):
@@ -199,14 +214,6 @@ def test_every_plan_computes_the_same(execute):
     assert len(set(weights)) == 4  # the last plan shards activations only
     assert list(activations) == sorted(activations, reverse=True)
     assert sent[0] == 0 < min(sent[1:])
-
-
-def test_what_stays_sharded(execute):
-    text = printed(execute(FSDP)[0]).replace(",", "")
-    assert "logits: (2 128 2048) on each rank: (2 128 1024)" in text
-    assert number("with sequence parallelism:", text) < number(
-        "without sequence parallelism:", text
-    )
 
 
 def test_bare_ray_train_leaves_a_checkpoint(execute):
@@ -229,7 +236,7 @@ def test_an_answer_is_checked(capsys):
     none, right, wrong = capsys.readouterr().out.splitlines()
     assert "no answer yet" in none
     assert right == "right"
-    assert wrong.startswith("2.0 is not right")
+    assert wrong.startswith("not 2.0: try again")
 
 
 def test_the_mistake_is_measured(execute):
@@ -242,6 +249,7 @@ def test_parity_with_one_process(execute):
     text = printed(execute(FSDP)[0])
     assert number("difference of the losses:", text.split("on dp 4 x tp 1")[0]) < 1e-5
     assert number("difference of any weight:", text) < 1e-3
+    assert 1e-6 < number("in bfloat16:", text) < 1e-2
 
 
 def test_bytes_measured_beside_the_formulas(execute):
@@ -255,7 +263,7 @@ def test_bytes_measured_beside_the_formulas(execute):
 
 
 def test_autotp_replaced_every_matrix(execute):
-    text = printed(execute(AUTOTP)[0])
+    text = printed(execute(AUTOTP)[0]).split("its own plan:")[0]
     assert len(re.findall(r"LinearLayer \(", text)) == 5
     assert len(re.findall(r"LinearAllreduce \(", text)) == 2
     assert "VocabParallelEmbedding (1024, 192)" in text
@@ -278,9 +286,9 @@ def test_a_fused_model_is_sharded_by_own_rules(execute):
 
 def test_every_zero_stage_equals_one_process(execute):
     text = printed(execute(AUTOTP)[0])
-    errors = re.findall(r"ZeRO \d x tp 2: largest relative difference (\S+)", text)
-    assert len(errors) == 4
-    assert all(float(error) < 1e-5 for error in errors)
+    lines = re.findall(r"ZeRO \d x tp 2: AdamW (\S+), SGD (\S+)", text)
+    assert len(lines) == 4
+    assert all(float(error) < 1e-5 for errors in lines for error in errors)
 
 
 def test_zero_bytes_fall_and_follow_the_formulas(execute):
@@ -446,7 +454,7 @@ def test_parameters_by_hand_are_not_checked():
 
 @each
 def test_history_is_in_the_last_checkpoint(path, execute):
-    (run,) = (execute(path)[1] / "runs").glob("*-accident")
+    run = interrupted(path, execute)
     state = json.loads((run / "checkpoint-000040" / "trainer_state.json").read_text())
     assert [record["step"] for record in state["history"]] == list(range(1, 41))
     assert state["position"] == 40 * 8
@@ -503,6 +511,7 @@ def again(execute, tmp_path_factory):
 
 
 def test_the_command_line_gives_the_same_losses(execute, again):
+    """Those of the notebook's run, which lost a worker."""
     trained = figures(again[0])
     assert len(trained) == 40
     assert trained == figures(kept_by(AUTOTP, execute))

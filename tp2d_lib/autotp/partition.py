@@ -48,10 +48,11 @@ def find_rules(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]
     if set(published.values()) <= SUPPORTED_STYLES and is_all_sharded(model, styles):
         return PUBLISHED, None
     if not styles:
+        unknown = sorted(set(published.values()) - SUPPORTED_STYLES)
+        why = f"DeepSpeed does not know {', '.join(unknown)}" if unknown else "has none"
         raise PlanError(
             f"{type(model).__name__} must have layers that DeepSpeed can shard, by a "
-            f"tp_plan or by their names, but its plan has "
-            f"{', '.join(sorted(set(published.values()))) or 'none'}; try a "
+            f"tp_plan or by their names, but {why}; try a "
             "partition_config, or tp_size=1"
         )
     specs = [

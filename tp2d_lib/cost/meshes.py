@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,10 @@ def compare(
             errors.append(error)
     if not allowed:
         raise errors[0]
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as threads:  # a process for each
+    # A process for each, forked from one that has imported what all of them need.
+    loaded = ["tp2d_lib.cost.dryrun", *["tp2d_lib.fsdp"] * (engine == "fsdp")]
+    multiprocessing.set_forkserver_preload(loaded)
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as threads:
         predictions = threads.map(
             lambda one: dryrun.predict(engine, one), allowed.values()
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -96,7 +98,7 @@ def gather_input(block: nn.Module, stream: Placement) -> PrepareModuleInput:
 
     Decoder layers pass it to attention by keyword and to the MLP by position.
     """
-    if "attention_mask" in block.forward.__code__.co_varnames:
+    if "attention_mask" in inspect.signature(block.forward).parameters:
         return PrepareModuleInput(
             input_kwarg_layouts={"hidden_states": stream},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
@@ -124,8 +126,8 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard every parameter again over the dp ranks, to be gathered layer by layer.
 
-    The head's, which backward needs first, stay gathered after forward. So would the
-    embedding's, if it had no group of its own.
+    The head's weights stay gathered after the forward pass, because the backward pass
+    needs them first. The embedding has a group of its own, so that it does not stay.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in decoder_layers(model):

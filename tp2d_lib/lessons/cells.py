@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +25,7 @@ def who_am_i(here: SimpleNamespace) -> dict:
     dp_rank, tp_rank = here.mesh.get_coordinate()
     return {
         "rank": here.rank,
-        "process": os.getpid(),
+        "process": str(os.getpid()),
         "dp_rank": dp_rank,
         "tp_rank": tp_rank,
         "TP group": dist.get_process_group_ranks(here.mesh.get_group("tp")),
@@ -67,18 +65,6 @@ def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, dict(model.named_parameters())
-
-
-def dies_at(step_number: int, step: Callable) -> Callable:
-    """A training step that kills its process at call number ``step_number``."""
-    counter = itertools.count(1)
-
-    def fatal(batch):
-        if next(counter) == step_number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(batch)
-
-    return fatal
 
 
 def save_prompt_logits(engine, config: TrainConfig, prompt: str) -> None:

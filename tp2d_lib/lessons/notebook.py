@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -57,33 +58,48 @@ def assigned(source: str) -> set[str]:
     }
 
 
-def table(rows: Sequence[dict]) -> None:
-    """Show rows that have the same keys: as text, and on a page as a table."""
+def table(rows: Sequence[dict], formats: dict[str, str] | None = None) -> None:
+    """Show rows that have the same keys: as text, and on a page as a table.
+
+    Args:
+        formats: how a column's numbers are written, such as ``{"loss": ".6f"}``; whole
+            numbers have commas if nothing else is said.
+    """
     from IPython.display import display  # here, as below: notebooks only
 
-    cells = as_cells(rows)
+    formats = formats or {}
+    shown = [{k: as_text(v, formats.get(k)) for k, v in row.items()} for row in rows]
+    cells = as_cells(shown)
     display({"text/plain": aligned(cells), "text/html": html_table(cells)}, raw=True)
 
 
+def as_text(value: object, spec: str | None) -> str:
+    if type(value) is int:
+        return format(value, spec or ",")
+    return format(value, spec) if spec and isinstance(value, float) else str(value)
+
+
 def html_table(cells: list[list[str]]) -> str:
-    head, *body = (
-        "".join(f"<{kind}>{escape(cell)}</{kind[:2]}>" for cell in row)
-        for kind, row in zip(
-            ["th scope=col", *["td"] * len(cells)], cells, strict=False
-        )
-    )
-    rows = "".join(f"<tr>{row}</tr>" for row in body)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    """A table whose numbers are of the class "number"."""
+    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in cells[0])
+    rows = ("".join(map(html_cell, row)) for row in cells[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_cell(text: str) -> str:
+    is_number = re.fullmatch(r"[-+]?\d[\d,.]*(e[-+]\d+)?( ?%| [kMGT]?B| s)?", text)
+    return f"<td{' class=number' * bool(is_number)}>{escape(text)}</td>"
 
 
 def answer(given: float | None, right: float) -> None:
     """Say whether the answer to an exercise is right, to one percent."""
     if given is None:
-        print("no answer yet: put your number in the place of None")
+        print("no answer yet: replace None with your number")
     elif math.isclose(given, right, rel_tol=0.01):
         print("right")
     else:
-        print(f"{given} is not right: think again, or open the answer")
+        print(f"not {given}: try again, or open the answer")
 
 
 def show(figure, alt: str) -> None:

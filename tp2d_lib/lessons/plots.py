@@ -30,17 +30,28 @@ def whole_steps(*axes: plt.Axes) -> None:
         each.xaxis.get_major_locator().set_params(integer=True)
 
 
-def training(history: Sequence[dict]) -> plt.Figure:
-    """Loss and throughput of a run, side by side, over its steps."""
+def training(history: Sequence[dict], guess: float | None = None) -> plt.Figure:
+    """Loss and throughput of a run, side by side, over its steps.
+
+    Args:
+        guess: the loss of a model that only guesses.
+    """
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2)
         steps = [record["step"] for record in history]
-        left.plot(steps, [record["loss"] for record in history])
+        left.plot(steps, [record["loss"] for record in history], label="training")
+        held_out = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
+        if held_out:
+            left.plot(*zip(*held_out, strict=True), "o", label="held out")
+        if guess:
+            left.axhline(guess, color="black", linestyle=":", label="guessing")
+            left.legend()
         whole_steps(left, right)
         left.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
         speed = [record["tokens_per_second"] for record in history]
         right.plot(steps, speed, color=COLOURS[1])
-        right.set(xlabel="step", ylabel="valid tokens / s", title="Throughput")
+        right.set(xlabel="step", title="Valid tokens per second")
+        right.yaxis.set_major_formatter("{x:,.0f}")
         right.set_ylim(bottom=0)
     plt.close(figure)  # shown by the notebook, once
     return figure
@@ -55,11 +66,12 @@ def losses(runs: dict[str, Sequence[dict]], killed_at: int, resumed_from: int):
             axes.plot(
                 steps, [record["loss"] for record in history], label=label, **style
             )
-        axes.axvspan(resumed_from, killed_at, color="#e5e5e5", zorder=0)
+        twice = {"color": "#e5e5e5", "zorder": 0, "label": "computed twice"}
+        axes.axvspan(resumed_from, killed_at, **twice)
         axes.axvline(killed_at, color="black", linestyle=":", label="worker killed")
         axes.axvline(resumed_from, color="black", linewidth=1, label="last checkpoint")
         whole_steps(axes)
-        axes.set(xlabel="step", ylabel="loss", title="Interrupted and uninterrupted")
+        axes.set(xlabel="step", ylabel="loss (mean over valid tokens)")
         axes.legend()
     plt.close(figure)  # shown by the notebook, once
     return figure

@@ -73,7 +73,7 @@ def attends(model: nn.Module) -> bool:
 def attend_causally(model: nn.Module, config: TrainConfig) -> None:
     """Attend without a mask where it would be causal only.
 
-    transformers 5.23 also builds none then, but looks first for several sequences in a
+    transformers 5.24 also builds none then, but looks first for several sequences in a
     row, and in every forward the host waits for the device to answer.
     """
     if needs_no_mask(model, config):
@@ -173,7 +173,7 @@ def check_documents(model: nn.Module, config: TrainConfig) -> None:
         ConfigError: its positions are no input, or a layer carries a state along.
     """
     flash = (config.attn_implementation or "").startswith("flash")
-    if flash and config.batch_size_per_gpu > 1:  # transformers 5.23 unpacks one row
+    if flash and config.batch_size_per_gpu > 1:  # transformers 5.24 unpacks one row
         raise ConfigError(
             f"batch_size_per_gpu={config.batch_size_per_gpu} must be 1 for "
             f"{config.attn_implementation} to keep documents apart; try 1, with more "
