@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmarks import plot
 from scripts.benchmarks.checkpoints import compare_checkpoints
-from scripts.benchmarks.data import compare_data
 from scripts.benchmarks.growth import (
     compare_corpora,
     compare_lengths,
@@ -38,7 +37,7 @@ from scripts.benchmarks.growth import (
     compare_vocabularies,
 )
 from scripts.benchmarks.harness import CORES, report
-from scripts.benchmarks.memory import compare_memory, compare_peaks
+from scripts.benchmarks.memory import compare_peaks
 from scripts.benchmarks.runs import compare_ray
 from scripts.benchmarks.sizes import (
     compare_1m,
@@ -48,18 +47,10 @@ from scripts.benchmarks.sizes import (
 )
 from scripts.benchmarks.tokens import compare_tokens
 from scripts.benchmarks.traffic import compare_traffic
-from scripts.benchmarks.training import (
-    compare_engines,
-    compare_steps,
-)
 from tp2d_lib.data import demo
 
 COMPARISONS = {
-    "steps": compare_steps,
-    "engines": compare_engines,
     "tokens": compare_tokens,
-    "data": compare_data,
-    "memory": compare_memory,
     "checkpoints": compare_checkpoints,
     "1M": compare_1m,
     "26M": compare_26m,
@@ -96,7 +87,7 @@ def main() -> None:
         if not find_spec("accelerate"):
             print("left out: transformers' DistributedConfig, for want of accelerate")
         for name in chosen:
-            if name in ("memory", "peaks") and sys.platform != "linux":
+            if name == "peaks" and sys.platform != "linux":
                 print(f"\nskipped: {name}, for want of /proc/self/status")
                 continue
             compare = COMPARISONS[name]

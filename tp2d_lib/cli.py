@@ -186,7 +186,7 @@ def summary(config: TrainConfig) -> str:
     return "\n".join(
         [
             f"model: {config.model_name}, {size:,} parameters, {config.dtype}",
-            f"mesh: tp {config.tp_size} x dp {config.dp_size}, a {device} process each",
+            f"mesh: tp {config.tp_size} x dp {config.dp_size}, {device} ranks",
             f"rows: {rows.size:,} of {config.seq_length} tokens, "
             f"{config.global_batch_size} in each of {rows.steps_left:,} steps",
             f"run: {manifest.run_folder(config)}, with all settings in config.yaml",

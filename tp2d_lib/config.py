@@ -66,8 +66,8 @@ class TrainConfig:
         ]
         | None
     ) = None
-    """attention of transformers; if omitted, sdpa where the model has it; those of
-    flash_attention and flex_attention need GPUs"""
+    """attention of transformers; if omitted, sdpa if the model has it; flash and flex
+    attention need GPUs"""
     dataset_name: Name = "Salesforce/wikitext"
     """file, folder or glob, several with commas between them, or name on the Hub"""
     dataset_config: Line | None = None
@@ -114,8 +114,8 @@ class TrainConfig:
     num_workers: Count | None = None
     """number of ranks; if omitted, tp_size * dp_size"""
     min_dp_size: Count | None = None
-    """after a loss of nodes, go on with fewer dp ranks, but at least so many, and the
-    same global batch, until there is room again; if omitted, wait instead"""
+    """smallest dp_size to continue with after losing nodes, with the same global
+    batch, until they are back; if omitted, wait for them"""
     tp_across_nodes: Literal["refuse", "warn", "allow"] = "refuse"
     """TP groups that span nodes, where every layer waits for the network"""
 

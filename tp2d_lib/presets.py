@@ -44,7 +44,7 @@ def choose(preset: str, gpus: int, num_workers: int) -> tuple[str, str]:
             f"try {closest(preset, names)!r}"
         )
     if preset != "auto":
-        return preset, "you requested it"
+        return preset, "set by PRESET"
     if gpus >= num_workers:
         return "qwen2.5-0.5b", f"the cluster has {gpus} GPUs, {num_workers} are needed"
     return "demo", f"{num_workers} GPUs are needed, the cluster has {gpus}"

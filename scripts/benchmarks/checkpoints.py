@@ -40,7 +40,7 @@ def standstill(storage: str, in_threads: bool) -> float:
 
 
 def compare_checkpoints(rounds: int, storage: str) -> Table:
-    """6. Checkpoints: how long training stands still while FSDP2 saves the demo model
+    """Checkpoints: how long training stands still while FSDP2 saves the demo model
     with its AdamW state, 13 MB in all; dp2 x tp2 mesh of 4 processes x 1 thread.
     """
 

@@ -61,7 +61,7 @@ def flops(config: TrainConfig) -> float:
 
 
 def compare_ranks(rounds: int, storage: str) -> Table:
-    """14. More ranks for the same 8 rows of 128 tokens, one thread each, 7 million
+    """More ranks for the same 8 rows of 128 tokens, one thread each, 7 million
     parameters. In theory, as many times faster as there are cores for ranks.
     """
     values, theory = {}, []
@@ -90,7 +90,7 @@ def compare_configs(rounds: int, configs: dict[str, TrainConfig]) -> Table:
 
 
 def compare_lengths(rounds: int, storage: str) -> Table:
-    """15. Longer rows: 4 rows of so many tokens, 7 million parameters, dp2 x tp2. In
+    """Longer rows: 4 rows of so many tokens, 7 million parameters, dp2 x tp2. In
     theory as the floating-point operations: attention's grow with the square.
     """
     of = partial(config_of, storage, (2, 2), 4)
@@ -98,7 +98,7 @@ def compare_lengths(rounds: int, storage: str) -> Table:
 
 
 def compare_vocabularies(rounds: int, storage: str) -> Table:
-    """16. A larger vocabulary: 4 rows of 128 tokens, 5 million parameters beside the
+    """A larger vocabulary: 4 rows of 128 tokens, 5 million parameters beside the
     tied embedding, dp2 x tp2. In theory as the floating-point operations.
     """
     of = partial(config_of, storage, (2, 2), 4, TOKENS)
@@ -115,7 +115,7 @@ def prepare(storage: str, times: int) -> float:
 
 
 def compare_corpora(rounds: int, storage: str) -> Table:
-    """17. A larger corpus: data.prepare of so many times the demo corpus.
+    """A larger corpus: data.prepare of so many times the demo corpus.
     In theory so many times as long.
     """
     for times in CORPORA:

@@ -61,7 +61,7 @@ def write_rows(folder: str, rows: int, tokens: int) -> str:
 
 
 def compare_ray(rounds: int, storage: str) -> Table:
-    """11. Ray: one step of the model of 26 million parameters in processes of one
+    """Ray: one step of the model of 26 million parameters in processes of one
     thread, and in a run that Ray started, with its loop, its log and its progress.
     Ray's own processes need a core that the ranks leave free.
     """

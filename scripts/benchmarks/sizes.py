@@ -113,21 +113,21 @@ def compare_at(size: str, ways: dict, rounds: int, storage: str) -> Table:
 
 
 def compare_1m(rounds: int, storage: str) -> Table:
-    """7. Beside others, 1 million parameters: one step on 8 rows of 128 tokens, fp32,
+    """Beside others, 1 million parameters: one step on 8 rows of 128 tokens, fp32,
     dp2 x tp2 mesh of 4 processes x 1 thread.
     """
     return compare_at("1M", PYTORCH | DEEPSPEED, rounds, storage)
 
 
 def compare_26m(rounds: int, storage: str) -> Table:
-    """8. Beside others, 26 million parameters, 32,768 of vocabulary: one step on 4 rows
+    """Beside others, 26 million parameters, 32,768 of vocabulary: one step on 4 rows
     of 512 tokens, fp32, the same mesh.
     """
     return compare_at("26M", PYTORCH | DEEPSPEED, rounds, storage)
 
 
 def compare_124m(rounds: int, storage: str) -> Table:
-    """9. Beside others, 124 million parameters, 50,304 of vocabulary: one step on 4
+    """Beside others, 124 million parameters, 50,304 of vocabulary: one step on 4
     rows of 256 tokens, fp32, the same mesh; PyTorch's ways, then DeepSpeed's, because
     24 GB do not hold all of them.
     """
@@ -135,5 +135,5 @@ def compare_124m(rounds: int, storage: str) -> Table:
 
 
 def compare_124m_deepspeed(rounds: int, storage: str) -> Table:
-    """10. The same with DeepSpeed."""
+    """The same with DeepSpeed."""
     return compare_at("124M", DEEPSPEED, rounds, storage)

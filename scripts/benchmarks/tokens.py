@@ -37,7 +37,7 @@ def training(storage: str, build: Callable, pack: str) -> Training:
 
 
 def compare_tokens(rounds: int, storage: str) -> Table:
-    """3. Packing: tokens that are not padding, trained on per second; demo model and
+    """Packing: tokens that are not padding, trained on per second; demo model and
     corpus, 8 rows of 512 tokens in a step, dp2 x tp2 mesh of 4 processes x 1 thread.
     A padded row is one document, cut off after 512 tokens; documents in one row do not
     look into each other, for which attention needs a mask.

@@ -22,7 +22,7 @@ def sent(storage: str, build: Callable) -> float:
 
 
 def compare_traffic(rounds: int, storage: str) -> Table:
-    """13. Traffic: what a rank sends in a step of the model of 26 million parameters, 4
+    """Traffic: what a rank sends in a step of the model of 26 million parameters, 4
     rows of 512 tokens, dp2 x tp2 mesh, by the sizes of the tensors. It does not vary.
     """
     write_model(storage, "26M")

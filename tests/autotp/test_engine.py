@@ -136,7 +136,7 @@ def test_precisions_that_cannot_be_are_refused(models, tmp_path):
     if not get_accelerator().is_fp16_supported():
         with pytest.raises(ConfigError, match="dtype='float16' must run on a GPU"):
             autotp.check(replace(config, dtype="float16"))
-    with pytest.raises(ConfigError, match="must be left to DeepSpeed"):
+    with pytest.raises(ConfigError, match="works with DeepSpeed only"):
         fsdp.check(replace(config, dtype="float16"))
 
 
@@ -329,7 +329,7 @@ def test_the_driver_converts_once_before_the_workers(
     monkeypatch.setattr(universal, "CONVERT", later + universal.CONVERT)  # 3.14's way
     autotp.prepare_start(moved)
     said = capsys.readouterr().out
-    assert said == "converting checkpoint-000002 for another layout, once\n"
+    assert said == "converting checkpoint-000002 for the new mesh, once\n"
     used = next(run.glob("converted-*"))
     folder = str(run / "checkpoint-000002")
     losses += pools(4, "autotp-(1, 4)").run(second_half_prepared, moved, folder)[0]

@@ -43,7 +43,7 @@ def test_cached_rows_are_made_again(config, capsys, name, damage):
     assert f"prepared_data={str(directory)!r} must be a folder wr" in refuse(given)
     assert data.prepare(config) == directory
     said = capsys.readouterr().out.strip()
-    assert said.startswith(f"{directory} is deleted and made again, because {name} ")
+    assert said.startswith(f"{directory} is made anew, because {name} ")
     assert read(directory) == rows
     data.prepare(given)
     assert not capsys.readouterr().out

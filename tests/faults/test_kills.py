@@ -220,7 +220,10 @@ def test_a_signal_early_and_a_second_one(name, storage, survived):
     time.sleep(0.02)
     run.send_signal(number)
     _, err = finish(run, code=1)
-    assert "stopped: a second signal: at once, without saving\nlast checkpoint:" in err
+    assert (
+        "stopped: at once, by a second signal; nothing was saved\nlast checkpoint:"
+        in err
+    )
     assert survived("signals", "to resume: python" in err)
 
 

@@ -132,9 +132,7 @@ def test_gpus_of_a_lost_node_are_waited_for_aloud(nodes, storage):
     assert not said
     nodes.remove_node(first, allow_graceful=False)
     wait_until(lambda: cluster.gpus() == 0)
-    with pytest.raises(
-        ConfigError, match=r"num_workers=2 must find free .* 1 x 2 GPUs"
-    ):
+    with pytest.raises(ConfigError, match=r"num_workers=2 needs 1 x 2 GPUs"):
         placement.find(config, said.append, seconds=2)
     assert said == ["waiting for 1 x 2 GPUs, each on one node"]
     with ThreadPoolExecutor() as pool:
@@ -200,7 +198,8 @@ def test_fewer_dp_ranks_go_on_until_there_is_room_again(
     loser.join()
     out = capsys.readouterr().out
     assert re.search(
-        r"restart 1 of 3: rank .*\ndp_size 2 -> 1 for now\n.*resumed after step \d+\n.*"
+        r"restart 1 of 3: rank .*\ndp_size 2 -> 1 until there is room\n"
+        r".*resumed after step \d+\n.*"
         r"restart: there is room for more dp ranks\n.*resumed after step \d+\n",
         out,
         re.DOTALL,

@@ -274,7 +274,7 @@ def test_what_all_tp_ranks_compute_drops_out_the_same(pools, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"compile": True}, "compile=True must be left to models of which every block"),
+        ({"compile": True}, "compile=True works only with models of which every block"),
         ({"sequence_parallel": "always"}, "has blocks that each tp rank computes in"),
     ],
 )

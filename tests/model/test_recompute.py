@@ -68,5 +68,5 @@ def test_what_is_kept_must_not_be_written_over(tmp_path):
         return out
 
     query.forward = write_over
-    with pytest.raises(PlanError, match="must be left to models that do not write ov"):
+    with pytest.raises(PlanError, match="works only with models that do not write ov"):
         gradients(model)

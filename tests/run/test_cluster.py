@@ -142,7 +142,7 @@ def test_the_driver_judges_by_the_clusters_hardware(nodes, tmp_path, capsys):
         busy = ray.util.placement_group([{"GPU": 1}])
         assert busy.wait(30)
         said = []
-        with pytest.raises(ConfigError, match=r"must find free in the cluster 1 x 2 G"):
+        with pytest.raises(ConfigError, match=r"needs 1 x 2 G"):
             placement.find(config, said.append, seconds=1)
         assert said == ["waiting for 1 x 2 GPUs, each on one node"]
         ray.util.remove_placement_group(busy)

@@ -25,8 +25,8 @@ def test_comparisons_are_named():
     done = bench("--only", "nothing")
     assert done.returncode == 2
     assert (
-        "steps,engines,tokens,data,memory,checkpoints,1M,26M,124M,124M-deepspeed,ray,peaks,"
-        "traffic,ranks,lengths,vocabularies,corpora" in done.stderr
+        "tokens,checkpoints,1M,26M,124M,124M-deepspeed,ray,peaks,traffic,"
+        "ranks,lengths,vocabularies,corpora" in done.stderr
     )
 
 

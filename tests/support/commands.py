@@ -59,7 +59,7 @@ def last(run) -> str | None:
 SAID = (  # all that a command prints; nothing of what it is built on
     r"(held out: )?[\d,]+ documents, [\d,]+ tokens .*",
     r"model: \S+, [\d,]+ parameters, \w+",
-    r"mesh: tp \d x dp \d, a CPU process each",
+    r"mesh: tp \d x dp \d, CPU ranks",
     r"rows: [\d,]+ of \d+ tokens, \d+ in each of [\d,]+ steps",
     r"run: \S+, with all settings in config.yaml",
     r"(started a|joined the) Ray cluster .*",

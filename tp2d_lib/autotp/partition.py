@@ -160,7 +160,7 @@ def check_vocabulary_can_be_sharded(model: nn.Module) -> None:
             raise ValueError("whose head has another name than lm_head")
     except (ValueError, NotImplementedError) as error:
         raise PlanError(
-            "vocab_parallel_lm_head=True must be left to models whose vocabulary "
+            "vocab_parallel_lm_head=True works only with models whose vocabulary "
             f"DeepSpeed can shard, which {type(model).__name__} is not "
             f"({first_line(error)}); try vocab_parallel_lm_head=False"
         ) from error

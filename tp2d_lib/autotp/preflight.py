@@ -87,12 +87,12 @@ def check_precision(config: TrainConfig) -> None:
     for name, default in only_fsdp.items():
         if (value := getattr(config, name)) != default:
             raise ConfigError(
-                f"{name}={value!r} must be left to FSDP2; try {name}={default!r}"
+                f"{name}={value!r} works with FSDP2 only; try {name}={default!r}"
             )
     if config.dp_replicate_size > 1:
         # DeepSpeed 0.19.8 forms those groups of neighbouring world ranks, and no MiCS.
         raise ConfigError(
-            f"dp_replicate_size={config.dp_replicate_size} must be left to FSDP2, "
+            f"dp_replicate_size={config.dp_replicate_size} works with FSDP2 only, "
             "because DeepSpeed's zero_hpz_partition_size mistakes tp ranks for dp "
             "ranks; try dp_replicate_size=1"
         )

@@ -113,7 +113,7 @@ def prepare_start(config: TrainConfig, show: Callable[[str], None] = print) -> N
         return
     files = manifest.read(folder)["files"].values()
     storage.check_space(config, 2 * sum(file["size"] for file in files), "conversion")
-    show(f"converting {folder.name} for another layout, once")
+    show(f"converting {folder.name} for the new mesh, once")
     partial = target.with_name(f"{target.name}{manifest.PARTIAL}")
     if error := convert(source / FILES, partial / TAG):
         raise failed(folder, error)

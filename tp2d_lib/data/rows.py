@@ -100,7 +100,7 @@ def vocabulary_of_found(directory: Path) -> int | None:
     try:
         return checks.vocabulary(directory)
     except checks.DamageError as error:
-        print(f"{directory} is deleted and made again, because {error}", flush=True)
+        print(f"{directory} is made anew, because {error}", flush=True)
         shutil.rmtree(directory)
         return None
 

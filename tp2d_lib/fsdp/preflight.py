@@ -52,7 +52,7 @@ def check_plan(plan: dict, config: TrainConfig) -> None:
     whole = [name for name, style in plan.items() if isinstance(style, ComputeWhole)]
     if whole and config.compile:
         raise ConfigError(
-            "compile=True must be left to models of which every block is sharded over "
+            "compile=True works only with models of which every block is sharded over "
             f"tp, but {whole[0]!r} has others; try compile=False"
         )
 
@@ -86,7 +86,7 @@ def residual_stream(model: nn.Module, config: TrainConfig) -> Placement:
     why = needs_all_positions(model, config)
     if config.sequence_parallel == "always" and config.tp_size > 1 and why:
         raise ConfigError(
-            "sequence_parallel='always' must be left to models that attend without a "
+            "sequence_parallel='always' works only with models that attend without a "
             f"mask and gather nothing else, but {type(model).__name__} {why}; "
             "try 'auto'"
         )
@@ -129,6 +129,6 @@ def check_precision(config: TrainConfig) -> None:
         )
     if config.dtype == "float16":
         raise ConfigError(
-            "dtype='float16' must be left to DeepSpeed, which scales the loss; try "
+            "dtype='float16' works with DeepSpeed only, which scales the loss; try "
             "'bfloat16'"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from tp2d_lib.config import ConfigError, closest, first_line
 from tp2d_lib.cost.dryrun import aligned, as_cells
 
+NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]\d+)?( ?%| [kMGT]?B| s)?")
 INJECTED = "# Parameters"  # the first line of the cell that papermill adds
 
 
@@ -80,16 +81,18 @@ def as_text(value: object, spec: str | None) -> str:
 
 
 def html_table(cells: list[list[str]]) -> str:
-    """A table whose numbers are of the class "number"."""
-    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in cells[0])
-    rows = ("".join(map(html_cell, row)) for row in cells[1:])
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    """A table whose columns of numbers are of the class "number"."""
+    titles, *rows = cells
+    columns = zip(*rows, strict=True)
+    kinds = [" class=number" * all(map(NUMBER.fullmatch, each)) for each in columns]
+
+    def row(cells: list[str], tag: str, more: str = "") -> str:
+        each = zip(cells, kinds, strict=True)
+        return "".join(f"<{tag}{more}{k}>{escape(cell)}</{tag}>" for cell, k in each)
+
+    body = "".join(f"<tr>{row(each, 'td')}</tr>" for each in rows)
+    head = row(titles, "th", " scope=col")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def html_cell(text: str) -> str:
-    is_number = re.fullmatch(r"[-+]?\d[\d,.]*(e[-+]\d+)?( ?%| [kMGT]?B| s)?", text)
-    return f"<td{' class=number' * bool(is_number)}>{escape(text)}</td>"
 
 
 def answer(given: float | None, right: float) -> None:

@@ -61,7 +61,9 @@ class Ranks:
     def run(self, function: Callable, *args: Any) -> list[Any]:
         """Results in rank order; an exception on a rank is raised in the notebook."""
         if not self.actors:
-            raise RuntimeError("these ranks were shut down; try ranks = Ranks(4) again")
+            raise RuntimeError(
+                "these ranks have been shut down; try ranks = Ranks(4) again"
+            )
         return ray.get([actor.call.remote(function, args) for actor in self.actors])
 
     def shutdown(self) -> None:

@@ -182,7 +182,7 @@ def check_documents(model: nn.Module, config: TrainConfig) -> None:
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if not (takes and attends(model)):
         raise ConfigError(
-            f"pack={config.pack!r} must be left to models that tell documents apart by "
+            f"pack={config.pack!r} works only with models that tell documents apart by "
             f"their position_ids, which {type(model).__name__} does not; try 'stream' "
             "or 'none'"
         )

@@ -112,7 +112,7 @@ def decoder_returns(model: nn.Module, output: ModelOutput) -> Iterator[None]:
             attributes["forward"] = own
     if not called:
         raise PlanError(
-            "loss_chunk_tokens must be left to models whose head works on their "
+            "loss_chunk_tokens works only with models whose head works on their "
             f"decoder's output, which {type(model).__name__}'s does not; try 0"
         )
 

@@ -78,7 +78,7 @@ class KeepCostly:
         written = [given.get(a.name) for a in arguments if a.alias_info]
         if self.kept & storages(written):
             raise PlanError(
-                "activation_checkpointing='selective' must be left to models that do "
+                "activation_checkpointing='selective' works only with models that do "
                 f"not write over a product, but {operator} does; try 'full'"
             )
 

@@ -77,7 +77,7 @@ def connect(pip: str | None = None) -> None:
     own = named == "local"
     address = ray.get_runtime_context().gcs_address
     print(
-        f"started a Ray cluster on this machine, at {address}, for this process"
+        f"started a local Ray cluster at {address}"
         if own
         else f"joined the Ray cluster at {address}: {len(nodes())} nodes, {gpus()} GPUs"
     )

@@ -124,7 +124,7 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     except KeyboardInterrupt as error:
         cluster.free_workers()  # else those of a notebook would go on
         raise Stopped(
-            str(error) or "a second signal: at once, without saving"
+            str(error) or "at once, by a second signal; nothing was saved"
         ) from error
     if early:
         raise Stopped(f"{caught[0]} after step {result.metrics['step']}")
@@ -164,7 +164,10 @@ def build_trainer(
     prepare_start(config, partial(watcher.show, done=True))
     watcher.config, has_room = config, None
     if config.dp_size < wanted.dp_size:
-        watcher.show(f"dp_size {wanted.dp_size} -> {config.dp_size} for now", done=True)
+        watcher.show(
+            f"dp_size {wanted.dp_size} -> {config.dp_size} until there is room",
+            done=True,
+        )
         has_room = partial(placement.has_room, wanted, config)
     use_gpu = config.device == "cuda"
     variables, secrets = environment.to_send()
@@ -213,8 +216,8 @@ def finished(config: TrainConfig) -> ray.train.Result | None:
     except checkpoint.CheckpointError:
         return None  # the workers go back to the one before
     print(
-        f"nothing left to train after step {loader.step} of {start}; to go on, raise "
-        "max_steps or num_epochs"
+        f"nothing left to train after step {loader.step} of {start}; to train longer, "
+        "raise max_steps or num_epochs"
     )
     return result_of(config, loader.step, start)
 

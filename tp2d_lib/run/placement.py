@@ -167,8 +167,8 @@ def find(
             show(f"waiting for {what}")
             if not group.wait(seconds):
                 raise ConfigError(
-                    f"num_workers={config.num_workers} must find free in the cluster "
-                    f"{what}, but did not in {seconds:.0f} s; try fewer workers"
+                    f"num_workers={config.num_workers} needs "
+                    f"{what}, which were not free within {seconds:.0f} s; try fewer"
                 )
         where = placement_group_table(group)["bundles_to_node_id"]
     if config.tp_across_nodes != "refuse":

@@ -216,7 +216,8 @@ class Watcher:
             raise KeyboardInterrupt(f"{signal} before the workers trained")
         last = ray.get(self.actor.stop.remote())
         self.show(
-            f"{signal}: finishing step {last}, then saving; again: at once, unsaved",
+            f"{signal}: finishing step {last}, then saving; press Ctrl-C again to stop "
+            "now, unsaved",
             done=True,
         )
 
