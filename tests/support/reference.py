@@ -45,7 +45,7 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).train()
     model.config.use_cache = False  # what training has no use for
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name))
+        parameter.requires_grad_(parameter.requires_grad and trains(name))
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     update = OPTIMIZERS.get(optimizer, optimizer)(trained.values())
     losses, norms = [], []

@@ -158,6 +158,8 @@ def check_vocabulary_can_be_sharded(model: nn.Module) -> None:
         validate_vocab_parallel_loss(model)
         if not any(m is head and n.endswith(HEADS) for n, m in model.named_modules()):
             raise ValueError("whose head has another name than lm_head")
+        if "lm_head.out_features" in inspect.getsource(type(model)):
+            raise ValueError("whose loss reads an attribute that a shard has not")
     except (ValueError, NotImplementedError) as error:
         raise PlanError(
             "vocab_parallel_lm_head=True works only with models whose vocabulary "
