@@ -41,7 +41,7 @@ FAMILIES = {  # its text model's type, and what FSDP2 and AutoTP must do with it
     "Qwen 3": ("qwen3", EQUAL, EQUAL),
     "Llama 3": ("llama", EQUAL, EQUAL),
     "Gemma 3 (text)": ("gemma3_text", EQUAL, EQUAL),
-    "Gemma 4 (text)": ("gemma4_text", EQUAL, {"vocab_parallel_lm_head": False}),
+    "Gemma 4 (text)": ("gemma4_text", EQUAL, EQUAL),
     "Mistral": ("mistral", EQUAL, EQUAL),
     "Ministral 3": ("ministral3", EQUAL, EQUAL),
     "Phi-3, Phi-4": ("phi3", EQUAL, {"partition_config": FUSED}),

@@ -160,8 +160,9 @@ class TrainConfig:
     partition_config: Rules | dict | None = None
     """DeepSpeed: rules for sharding over tp, as JSON, a JSON file or a preset, such as
     llama or phi3; if omitted, the model's own"""
-    vocab_parallel_lm_head: bool = True
-    """DeepSpeed: shard embedding, head and loss over the vocabulary"""
+    vocab_parallel_lm_head: bool | None = None
+    """DeepSpeed: shard embedding, head and loss over the vocabulary; if omitted, where
+    DeepSpeed can"""
     seed: CountOr0 = 42
     """seed of the data order and of every rank"""
     deterministic: bool = False

@@ -291,9 +291,12 @@ def refusal(config):
 
 def test_a_vocabulary_that_cannot_be_sharded_is_said(models, tmp_path):
     config = make_config(models["gemma"], str(tmp_path), 2, 2, 1, VARIANTS[0])
+    asked = replace(config, vocab_parallel_lm_head=True)
     with pytest.raises(PlanError, match=r"Gemma.* try vocab_parallel_lm_head=F"):
-        autotp.check(config)
-    autotp.check(replace(config, vocab_parallel_lm_head=False))
+        autotp.check(asked)
+    checked = autotp.check(config)  # left to the engine, it stays replicated
+    assert checked.vocab_parallel_lm_head is False
+    assert "vocabulary replicated" in partition.describe("", checked)
 
 
 def test_one_key_value_head_cannot_be_sharded(tmp_path):

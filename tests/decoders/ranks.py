@@ -19,7 +19,7 @@ from tp2d_lib.model import PlanError, attention
 VARIANT = ("padded", 1, "sgd")
 STEPS = 2
 KEPT = ("tp_size", "dp_size", "weight_decay")  # the reference has them, too
-SENTENCE = r"[^\n]+ must [^\n]+; try [^\n]+"
+SENTENCE = r"[^\n]+ (?:must|works|cannot) [^\n]+; try [^\n]+"
 
 
 def steps_of() -> list:

@@ -64,7 +64,7 @@ def counts(results: dict[str, Result]) -> list[str]:
 
 def rule(sentence: str) -> str:
     """The rule of a refusal, without the names and numbers in it."""
-    found = re.search(r"must (.*?)[,;(]", sentence)
+    found = re.search(r"(?:must|works) (.*?)[,;(]", sentence)
     said = found[1] if found else sentence
     return re.sub(r"'[^']*'|\b\w*[A-Z]\w+[A-Z]\w*\b|\d+", "..", said)
 

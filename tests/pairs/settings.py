@@ -42,7 +42,7 @@ OWN = {
     },
     "autotp": {
         "zero_stage": [1, 2, 3, 0],
-        "vocab_parallel_lm_head": [True, False],
+        "vocab_parallel_lm_head": [None, False],
     },
 }
 CHECKS = {

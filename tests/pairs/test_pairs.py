@@ -39,7 +39,7 @@ MODELS = {
     "starcoder2": ("starcoder2", NO_ENDS),  # everywhere
     "windows": ("mistral", {"sliding_window": settings.SEQ // 3}),  # needs masks
 }
-SENTENCE = re.compile(r".+ (must|cannot) .+; try .+", re.DOTALL)
+SENTENCE = re.compile(r".+ (must|works|cannot) .+; try .+", re.DOTALL)
 EXACT = (1e-5, 1e-4)  # relative, of losses and norms
 HALF = (2e-3, 2e-2)  # in bfloat16, before the first update
 LATER = (2e-1, 2e-1)  # and after it: AdamW follows the sign of what rounding leaves

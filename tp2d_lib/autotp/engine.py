@@ -117,6 +117,7 @@ def build_engine(
     init_deepspeed(mesh)
     model = load(config)
     attend_causally(model, config)
+    config = partition.decide_vocabulary(model, config)
     source, partition_config = partition.check(model, config)
     description = partition.describe(source, config)
     expected = None if source == partition.PUBLISHED else probe(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 
 from deepspeed.module_inject.layers import VocabParallelEmbedding
 from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES, TPPlanConverter
@@ -148,6 +149,17 @@ def check(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
     for name, block in parts.items():
         check_block(source, name, block, model.config)
     return source, given
+
+
+def decide_vocabulary(model: nn.Module, config: TrainConfig) -> TrainConfig:
+    """Shard the vocabulary where DeepSpeed can, unless the configuration decides."""
+    if config.tp_size == 1 or config.vocab_parallel_lm_head is not None:
+        return config
+    try:
+        check_vocabulary_can_be_sharded(model)
+    except PlanError:
+        return replace(config, vocab_parallel_lm_head=False)  # ``describe`` tells
+    return replace(config, vocab_parallel_lm_head=True)
 
 
 def check_vocabulary_can_be_sharded(model: nn.Module) -> None:

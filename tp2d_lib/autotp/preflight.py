@@ -28,7 +28,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
 
     Returns:
         The configuration for the workers, with the rules of ``partition_config`` read
-        from their file.
+        from their file, and whether the vocabulary is sharded.
 
     Raises:
         ConfigError: a value that the model, the data, the storage or the hardware does
@@ -40,6 +40,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
     model, _ = preflight.check(config, "autotp", plan)
+    config = partition.decide_vocabulary(model, config)
     check_decay(model, config)
     check_experts(model, config)
     if start := checkpoint.start_of(config):

@@ -54,4 +54,4 @@ def describe(config: TrainConfig) -> str:
 
 
 def shards_vocabulary(config: TrainConfig) -> bool:
-    return config.tp_size > 1 and config.vocab_parallel_lm_head
+    return config.tp_size > 1 and bool(config.vocab_parallel_lm_head)

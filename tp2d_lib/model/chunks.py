@@ -34,7 +34,7 @@ def chunk_tokens(config: TrainConfig, vocab_size: int) -> int:
     tokens = config.batch_size_per_gpu * config.seq_length
     if config.loss_chunk_tokens is not None:
         return config.loss_chunk_tokens
-    shards = config.tp_size if config.vocab_parallel_lm_head else 1
+    shards = 1 if config.vocab_parallel_lm_head is False else config.tp_size
     many = tokens * vocab_size // shards > MANY and config.dtype != "float16"
     return CHUNK[device_type(config)] if many else 0
 
