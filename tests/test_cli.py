@@ -135,6 +135,7 @@ def test_flags_as_people_type_them():
     [
         (["--lerning_rate", "1"], "--lerning_rate; did you mean --learning_rate?"),
         (["--zero_stage=1"], "--zero_stage is a flag of the other engine's"),
+        (["--warmup_ratio", "0.1"], "--warmup_ratio is no flag any more"),
         (["--tp_size", "two"], "argument --tp_size: invalid int value: 'two'"),
         (["--eval", "3"], "--eval could match --eval_dataset, --eval_split"),
         (["--max_steps"], "argument --max_steps: expected one argument"),

@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             if flag.removeprefix("--") in FIELDS:
                 self.error(f"{flag} is a flag of the other engine's command")
+            if flag.removeprefix("--") in DROPPED:
+                self.error(f"{flag} is no flag any more; CHANGELOG.md tells what is")
             flags = [name for name in self._option_string_actions if name[:2] == "--"]
             self.error(f"unknown argument {flag}; did you mean {closest(flag, flags)}?")
         return known
