@@ -251,5 +251,7 @@ def test_a_model_without_position_ids_is_refused(tmp_path, demo_paths):
         device="cpu",
     )
     autotp.check(config)
-    with pytest.raises(ConfigError, match=r"^pack='documents' must be .* try 'stream'"):
+    with pytest.raises(
+        ConfigError, match=r"^pack='documents' works only with .* try 'stream'"
+    ):
         autotp.check(replace(config, pack="documents"))

@@ -58,7 +58,7 @@ def test_masks_are_compared_too(make, tmp_path, capsys, name, damage):
     before = [mask.tolist() for mask in data.open_rows(directory)[2:]]
     damage(directory / name)
     assert data.prepare(config) == directory
-    assert f"made again, because {name} " in capsys.readouterr().out
+    assert f"made anew, because {name} " in capsys.readouterr().out
     assert [mask.tolist() for mask in data.open_rows(directory)[2:]] == before
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from tests.data.test_rows import refuse
 from tp2d_lib import data
-from tp2d_lib.data import files, records
+from tp2d_lib.data import files, tables
 
 TEXTS = [f'Text {n}, "quoted",\nhas two lines\tand 1 tab: ünï.' for n in range(6)]
 
@@ -254,7 +254,7 @@ def test_quotes_that_quote_nothing(texts_of, tmp_path):
 
 
 def test_a_table_longer_than_what_is_looked_at_first(texts_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SAMPLE", 40)
+    monkeypatch.setattr(tables, "SAMPLE", 40)
     assert texts_of(write_csv(tmp_path / "a")) == TEXTS
     assert texts_of(write_excel(tmp_path / "b")) == TEXTS
 

@@ -44,8 +44,10 @@ def train(
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).train()
     model.config.use_cache = False  # what training has no use for
+    with torch.device("meta"):  # what a model freezes, from_pretrained does not
+        own = dict(AutoModelForCausalLM.from_config(model.config).named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and trains(name))
+        parameter.requires_grad_(own[name].requires_grad and trains(name))
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     update = OPTIMIZERS.get(optimizer, optimizer)(trained.values())
     losses, norms = [], []

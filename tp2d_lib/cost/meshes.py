@@ -60,7 +60,7 @@ def compare(
         held = dryrun.peak(predicted[mesh])
         if cluster and held > FULL * cluster.gpu.memory:
             room = dryrun.size(cluster.gpu.memory)
-            refused.append(f"{mesh} needs {dryrun.size(held)} of a GPU of {room}")
+            refused.append(f"{mesh}: it needs {dryrun.size(held)} of a GPU of {room}")
         else:
             rows.append(row(mesh, engine, one, predicted[mesh], cluster))
     return rows, refused

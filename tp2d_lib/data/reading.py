@@ -9,11 +9,13 @@ from transformers import AutoTokenizer
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
 from tp2d_lib.data.chat import Template, check_template, special_tokens, writes_date
-from tp2d_lib.data.documents import MEDIA, form_of
 from tp2d_lib.data.files import listed, open_dataset
-from tp2d_lib.data.records import HEAD, DataError
+from tp2d_lib.data.forms import form_of
+from tp2d_lib.data.plain import DataError
+from tp2d_lib.data.records import HEAD
 from tp2d_lib.data.tokens import Reading, records, unreadable
 
+MEDIA = ("image", "video", "audio")
 FORMAT = 1  # of the rows that this code makes of the same content
 
 

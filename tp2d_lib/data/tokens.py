@@ -20,7 +20,8 @@ from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.data.chat import Template
 from tp2d_lib.data.documents import THOUGHTS, Chat, Document, Form, document_of
 from tp2d_lib.data.files import Dataset
-from tp2d_lib.data.records import HEAD, DataError
+from tp2d_lib.data.plain import DataError
+from tp2d_lib.data.records import HEAD
 from tp2d_lib.data.workers import encode_all, processes
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"  # the two sides of eval_fraction

@@ -14,8 +14,8 @@ from ray.train.torch import TorchTrainer
 from tp2d_lib.checkpoint import lease, manifest, storage
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.run import failures
-from tp2d_lib.run.progress import Watcher
 from tp2d_lib.run.watchdog import Hang
+from tp2d_lib.run.watcher import Watcher
 from tp2d_lib.validation import UserError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray's own list, which may be damaged

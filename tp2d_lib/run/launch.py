@@ -24,12 +24,12 @@ from tp2d_lib.run import (
     evaluate,
     failures,
     placement,
-    progress,
     signals,
 )
 from tp2d_lib.run.attempts import Failed, Stopped
 from tp2d_lib.run.cluster import connect, quiet
 from tp2d_lib.run.placement import gpus, pick_device, pick_dtype
+from tp2d_lib.run.watcher import Watcher
 
 __all__ = [
     "as_yaml",
@@ -112,7 +112,7 @@ def train_alone(train_func, config: TrainConfig, held: lease.Lease):
     storage.append(config, "config.yaml", as_yaml(config))
     try:
         with (
-            progress.Watcher(config) as watcher,
+            Watcher(config) as watcher,
             signals.on_first_signal(watcher.stop_training) as caught,
         ):
             held.on_loss(watcher.end_attempt)
@@ -151,7 +151,7 @@ def saved(config: TrainConfig) -> str:
 
 
 def build_trainer(
-    train_func, wanted: TrainConfig, holder, watcher: progress.Watcher
+    train_func, wanted: TrainConfig, holder, watcher: Watcher
 ) -> tuple[TorchTrainer, Callable[[], bool] | None]:
     """The trainer of an attempt, and, if it is narrower than wanted, what to ask
     whether there is room for the whole again.
