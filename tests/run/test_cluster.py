@@ -339,7 +339,7 @@ def test_only_a_cluster_that_is_named_is_joined(head):
         assert "RAY_ADDRESS='127.0.0.1:1' must be the address of a running" in said
         kill_node(head.process)
         alone = connected(tmp, **home).communicate()[0]
-        assert alone.startswith("started a Ray cluster")
+        assert alone.startswith("started a local Ray cluster")
         assert address not in alone
     finally:
         first.kill()

@@ -62,7 +62,7 @@ SAID = (  # all that a command prints; nothing of what it is built on
     r"mesh: tp \d x dp \d, CPU ranks",
     r"rows: [\d,]+ of \d+ tokens, \d+ in each of [\d,]+ steps",
     r"run: \S+, with all settings in config.yaml",
-    r"(started a|joined the) Ray cluster .*",
+    r"(started a local|joined the) Ray cluster .*",
     r"started \d workers in \d+ s",
     r"(no GPU: float32 throughout|dtype=).*",
     r"\[[#.]{10}\] step .*",
