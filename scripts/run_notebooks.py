@@ -26,6 +26,12 @@ from scripts import make_site
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
+SETTINGS = Config(
+    {
+        "KernelManager": {"transport": "ipc"},  # no open ports
+        "NotebookClient": {"iopub_timeout": 300},  # its 4 s are few on a busy machine
+    }
+)
 PLOTS = {"fsdp2_dtensor": ("resume", "traffic")}  # tags of cells, for the README
 
 
@@ -38,7 +44,7 @@ def execute(notebook: Path, build: Path, parameters: dict) -> Path:
         str(output),
         parameters={"STORAGE_PATH": str(build / "runs"), **parameters},
         cwd=str(notebook.parent),
-        config=Config({"KernelManager": {"transport": "ipc"}}),  # no open ports
+        config=SETTINGS,
     )
     return output
 

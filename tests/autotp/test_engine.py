@@ -313,7 +313,7 @@ def test_the_driver_converts_once_before_the_workers(
     """The newest checkpoint is damaged, so the one before it; and only if needed."""
     variant, run = VARIANTS[0], tmp_path / "run"
     config = make_config(models["llama"], str(tmp_path), 2, 2, 1, variant)
-    config = replace(config, run_name="run", vocab_parallel_lm_head=True)  # decided
+    config = replace(config, run_name="run")
     ranks = pools(4, "autotp-(2, 2)")
     for step in (2, 4):
         partial = manifest.partial_folder(config, step)

@@ -214,7 +214,7 @@ class AutoTPEngine:
         universal.check(stored, self.config, directory)
         on_disk = universal.on_disk(directory, self.config)
         with as_data(on_disk):
-            if stored == universal.layout(self.config):
+            if universal.fits(stored, self.config):
                 self.load_deepspeed(on_disk, universal.FILES)
             else:
                 self.load_converted(directory)

@@ -47,7 +47,14 @@ with plain.only(arguments.input_folder, files.ALLOWED):
 def layout(config: TrainConfig) -> dict:
     """What determines the layout of DeepSpeed's files; any other must be converted."""
     names = LAYOUT + (PLAN if config.tp_size > 1 else ())
+    if config.vocab_parallel_lm_head is None:  # undecided: as it is in the files
+        names = tuple(name for name in names if name != "vocab_parallel_lm_head")
     return {name: getattr(config, name) for name in names}
+
+
+def fits(stored: dict, config: TrainConfig) -> bool:
+    """Whether files of this layout can be loaded as they are."""
+    return stored | layout(config) == stored
 
 
 def check(stored: dict, config: TrainConfig, directory: object) -> None:
@@ -58,7 +65,7 @@ def check(stored: dict, config: TrainConfig, directory: object) -> None:
     Raises:
         ConfigError: the optimizer or the ZeRO stage cannot be converted.
     """
-    if stored == layout(config):
+    if fits(stored, config):
         return
     before, now = stored["zero_stage"], config.zero_stage
     wrote = ", ".join(f"{name}={stored[name]}" for name in LAYOUT)
@@ -97,18 +104,18 @@ def prepare_start(config: TrainConfig, show: Callable[[str], None] = print) -> N
     for folder in resume.candidates(config):
         with suppress(CheckpointError):  # damaged: the workers tell, and skip it too
             manifest.check(folder)
-            fits = json.loads((folder / LAYOUT_FILE).read_text()) == layout(config)
+            stored = json.loads((folder / LAYOUT_FILE).read_text())
             source, target = folder, place(folder, config)
             if store.is_remote(folder):
                 show(f"fetching {folder.name}, once for all nodes")
                 source = store.fetch(folder, target.with_name(f"{target.name}-source"))
-            elif fits:
+            elif fits(stored, config):
                 return
             manifest.verify(source)
             break
     else:
         return
-    if fits:
+    if fits(stored, config):
         source.rename(target)
         return
     files = manifest.read(folder)["files"].values()
