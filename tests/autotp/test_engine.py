@@ -26,7 +26,7 @@ from tp2d_lib.autotp import universal
 from tp2d_lib.autotp.loading import load_full_model
 from tp2d_lib.autotp.zero import deepspeed_config
 from tp2d_lib.checkpoint import manifest
-from tp2d_lib.config import ConfigError
+from tp2d_lib.config import ConfigError, TrainConfig
 
 VARIANTS = [("padded", 2, "adamw"), ("packed", 1, "sgd")]
 NAMES = ("qwen2-tied", "qwen3", "llama")
@@ -388,3 +388,13 @@ def test_the_engine_imports_no_compiler():
         "assert 'torch._inductor.compile_fx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_layout_fits_where_nothing_that_is_decided_differs():
+    config = TrainConfig(tp_size=2, dp_size=2)
+    written = universal.layout(replace(config, vocab_parallel_lm_head=True))
+    written["tp_preset"] = None  # of a release that had this setting
+    assert universal.fits(written, config)
+    for other in ({"vocab_parallel_lm_head": False}, {"zero_stage": 3}, {"tp_size": 4}):
+        moved = replace(config, num_workers=None, **other)
+        assert not universal.fits(written, moved), other
