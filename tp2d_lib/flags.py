@@ -150,7 +150,9 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
         try:
             TrainConfig(run_name=run)
         except ConfigError as error:
-            raise ConfigError(f"{error}".replace("run_name", "resume_from")) from None
+            raise ConfigError(
+                f"{error}".replace("run_name", "resume_from", 1)
+            ) from None
         if (name := given.get("run_name", run)) != run:
             raise ConfigError(
                 f"run_name={name!r} cannot be combined with resume_from={run!r}, which "

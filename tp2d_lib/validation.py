@@ -92,9 +92,8 @@ Line = Annotated[str, AfterValidator(in_one_line)]
 Folder = Annotated[Line, AfterValidator(folder)]
 Name = Annotated[Line, AfterValidator(name)]
 RunName = Annotated[str, AfterValidator(run_name)]
-Rules = Annotated[
-    str, AfterValidator(rules)
-]  # a preset of DeepSpeed, JSON text, or a JSON file
+# A preset of DeepSpeed's, JSON text, or a JSON file.
+Rules = Annotated[str, AfterValidator(rules)]
 Pack = Annotated[Literal["auto", "documents", "stream", "none"], BeforeValidator(pack)]
 
 
@@ -112,7 +111,7 @@ def choices(hint: Any) -> list[str]:
 
 
 def in_sentences(cls):
-    """Make a dataclass of pydantic's raise ConfigError, and its help texts one line."""
+    """Make a dataclass of pydantic's raise ConfigError instead of its own errors."""
     make, known = cls.__init__, cls.__pydantic_fields__
 
     @functools.wraps(make)
@@ -153,12 +152,14 @@ def sentence(error: dict, known: dict) -> ConfigError:
 
 
 def rule_of(error: dict) -> str:
+    """What one of pydantic's errors asks for: "must be ..."."""
     known = {"missing": "must be given", "extra_forbidden": "must be left out"}
     said = known.get(error["type"], error["msg"].replace("Input should", "must"))
     return str(error.get("ctx", {}).get("error", said))
 
 
 def shown(value: Any) -> str:
+    """A value as Python writes it, but for integers that are too long to be written."""
     is_long = type(value) is int and value.bit_length() > 63
     return f"(an integer of {value.bit_length()} bits)" if is_long else repr(value)
 

@@ -85,3 +85,9 @@ def test_a_process_with_jupyters_libraries_is_no_notebook():
     import IPython  # noqa: F401
 
     assert isinstance(display.here(), display.Terminal)
+
+
+def test_the_actor_imports_no_torch():
+    """It would keep the driver waiting for it."""
+    run = "import sys, tp2d_lib.run.progress; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", run]).returncode == 0

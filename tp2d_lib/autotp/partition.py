@@ -95,8 +95,8 @@ def layer_specs(model: nn.Module, rules: dict | None) -> list:
     """The rules as DeepSpeed's objects, presets among them."""
     if rules is None:
         return TPPlanConverter.convert(model.tp_plan)
-    preset, own = rules.get("preset_model"), rules if "layer_specs" in rules else None
-    chosen = TPTrainingConfig(preset_model=preset, partition_config=own)
+    preset = rules.get("preset_model")  # on top of which DeepSpeed puts the rest
+    chosen = TPTrainingConfig(preset_model=preset, partition_config=rules)
     return chosen.get_partition_config_object().layer_specs
 
 
@@ -120,8 +120,6 @@ def check(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
     if config.tp_size == 1:
         return PUBLISHED, None
     source, given = find_rules(model, config)
-    if config.vocab_parallel_lm_head:
-        check_vocabulary_can_be_sharded(model)
     if source == DERIVED:
         return source, given
     rules = layer_specs(model, given)
@@ -152,12 +150,18 @@ def check(model: nn.Module, config: TrainConfig) -> tuple[str, dict | None]:
 
 
 def decide_vocabulary(model: nn.Module, config: TrainConfig) -> TrainConfig:
-    """Shard the vocabulary where DeepSpeed can, unless the configuration decides."""
-    if config.tp_size == 1 or config.vocab_parallel_lm_head is not None:
+    """Shard the vocabulary where DeepSpeed can, unless the configuration decides.
+
+    Raises:
+        PlanError: the configuration asks for what DeepSpeed cannot do.
+    """
+    if config.tp_size == 1 or config.vocab_parallel_lm_head is False:
         return config
     try:
         check_vocabulary_can_be_sharded(model)
     except PlanError:
+        if config.vocab_parallel_lm_head:
+            raise
         return replace(config, vocab_parallel_lm_head=False)  # ``describe`` tells
     return replace(config, vocab_parallel_lm_head=True)
 

@@ -92,7 +92,9 @@ def read(value: dict | str | None) -> dict | None:
                 f"JSON file or JSON text ({first_line(error)}); try {EXAMPLE}"
             ) from error
     try:
-        return Rules.model_validate(value).model_dump(exclude_unset=True)
+        return Rules.model_validate(value).model_dump(
+            exclude_unset=True, exclude_none=True
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, ("partition_config", *first["loc"])))
@@ -110,7 +112,7 @@ def check_time(value: dict | None, names: Iterable[str]) -> None:
     Raises:
         ConfigError: a pattern that backtracks without end.
     """
-    rules = (value or {}).get("layer_specs") or ()
+    rules = (value or {}).get("layer_specs", ())
     for pattern in [pattern for rule in rules for pattern in rule["patterns"]]:
         try:
             subprocess.run(

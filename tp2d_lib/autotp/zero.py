@@ -23,7 +23,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
         "tensor_parallel": {
             "autotp_size": config.tp_size,
             "preset_model": rules.get("preset_model"),
-            "partition_config": rules if "layer_specs" in rules else None,
+            "partition_config": rules or None,
             "vocab_parallel_lm_head": shards_vocabulary(config),
             "tp_overlap_comm": True,  # with computing the weight's gradient
         },

@@ -16,7 +16,6 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tp2d_lib.checkpoint.lease import started
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.integrity import HashedFile
 
@@ -66,6 +65,8 @@ class Heart(threading.Thread):
 
     def __init__(self, actor, config: TrainConfig):
         import ray.train  # here, and below: slow, the progress actor does not need it
+
+        from tp2d_lib.checkpoint.lease import started  # here: needs PyTorch
 
         super().__init__(daemon=True)
         self.actor, self.config = actor, config
@@ -242,6 +243,8 @@ def groups(beats: dict[int, dict]) -> list[str]:
 @ray.remote(num_cpus=0, max_retries=0)
 def kill(processes: list[tuple[int, str | None]]) -> None:
     """End processes of this node; SIGKILL also ends one that was stopped."""
+    from tp2d_lib.checkpoint.lease import started  # here: the actor needs no PyTorch
+
     for pid, since in processes:
         if started(pid) == since:  # else it is gone, or another one
             with suppress(ProcessLookupError):
