@@ -331,7 +331,7 @@ def test_only_a_cluster_that_is_named_is_joined(head):
     local = {"RAY_ADDRESS": "local"} | home
     first = connected(tmp, "print(flush=True); import time; time.sleep(100)", **local)
     try:
-        address = first.stdout.readline().split(", at ")[1].split(",")[0]
+        address = first.stdout.readline().split(" at ")[1].strip()
         assert address != head.address
         joined = connected(tmp, **home).communicate()[0]
         assert joined.startswith(f"joined the Ray cluster at {head.address}: ")

@@ -6,13 +6,18 @@ import logging
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import ray
 import torch.distributed as dist
+from ray.train.v2._internal.state.util import is_actor_alive
+from ray.util.state.exception import RayStateApiException
 
 from tests.support.commands import wait_until
 from tests.support.demo import train_with
@@ -48,6 +53,46 @@ def test_too_few_gpus_is_said_before_a_worker_starts(tmp_path):
         assert launch.pick_device(fits) == "cuda"
     finally:
         ray.shutdown()
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """One of another cluster, which knows no actor of ours."""
+
+    def do_GET(self):
+        actors = {"result": [], "total": 0, "num_after_truncation": 0}
+        answer = {"result": True, "msg": "", "data": {"result": actors}}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+@contextmanager
+def anothers_dashboard():
+    """At the port that every cluster names, also one without a dashboard."""
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", 8265), Dashboard)
+    except OSError:  # one is there
+        yield
+        return
+    with server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def test_anothers_dashboard_does_not_end_a_live_run(cluster):
+    """Ray Train's cleaner ends the workers of a controller that "is not alive"."""
+    cluster()
+    alive = ray.remote(num_cpus=0)(is_actor_alive)
+    with (
+        anothers_dashboard(),
+        pytest.raises(RayStateApiException, match="Failed to connect to API server"),
+    ):
+        ray.get(alive.remote("f" * 32, 5))
 
 
 def watched(config):

@@ -9,20 +9,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import grpc
 import ray
 import transformers
-from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import AuthenticationTokenLoader, Config
-from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
-from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -32,8 +26,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tp2d_lib
 from tp2d_lib.config import ConfigError, first_line
-from tp2d_lib.run import signals
+from tp2d_lib.run import signals, token
 from tp2d_lib.run.environment import WORKER_ENV
+
+# A cluster without a dashboard has no server to ask about actors, but Ray looks for one
+# at its default port. Another cluster's dashboard there does not know our controller,
+# and Ray's cleaner would take a run that lives for dead, and end its workers.
+NO_SERVER = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}  # RFC 863's port: discard
 
 own = False  # whether this process started the cluster
 
@@ -71,7 +70,7 @@ def connect(pip: str | None = None) -> None:
     with signals.handlers_kept():
         if named == "local":
             init_own(pip)
-            hide_token()
+            token.hide()
         else:
             join(named, partial(init, pip))
     own = named == "local"
@@ -85,7 +84,7 @@ def connect(pip: str | None = None) -> None:
 
 def init_own(pip: str | None) -> None:
     try:
-        init(pip, "local")
+        init(pip, "local", **NO_SERVER)
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise
@@ -96,14 +95,14 @@ def init_own(pip: str | None) -> None:
         ) from error
 
 
-def init(pip: str | None, address: str) -> None:
+def init(pip: str | None, address: str, **variables: str) -> None:
     ray.init(
         address=address,
         include_dashboard=False,
         runtime_env={
             # Not the module: Ray copies this when a job has an environment of its own.
             "py_modules": [str(Path(tp2d_lib.__file__).parent)],
-            "env_vars": {name: os.environ[name] for name in WORKER_ENV},
+            "env_vars": {name: os.environ[name] for name in WORKER_ENV} | variables,
             **({"pip": pip} if pip else {}),
         },
         logging_level=logging.ERROR,
@@ -122,7 +121,7 @@ def join(address: str, init: Callable[[str], None]) -> None:
         if address == "auto":
             address = canonicalize_bootstrap_address(address)
         answers(address)
-        authenticate(address)
+        token.authenticate(address)
         init(address)
     except ConfigError:
         raise
@@ -154,59 +153,6 @@ def answers(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def authenticate(address: str) -> None:
-    """Send the cluster its token if it asks for one, from where Ray looks for it.
-
-    Ray itself sends none to an address, and asks in vain for twenty seconds.
-
-    Raises:
-        ConfigError: there is no token, or it is another cluster's.
-    """
-    if lets_in(address):
-        return
-    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
-    Config.initialize("")  # Ray read that variable when it was imported
-    AuthenticationTokenLoader.instance().reset_cache()
-    if lets_in(address):
-        return
-    names, file = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"
-    places = [name for name in names if os.environ.get(name)]
-    if Path(file).expanduser().exists():
-        places.append(file)
-    found = f"{places[0]} has another" if places else f"{names[0]} and {file} have none"
-    advice = f"{names[0]} with what `ray get-auth-token` prints where it was started"
-    if mode.lower() != "token":
-        found, advice = f"RAY_AUTH_MODE={mode!r} sends none", "RAY_AUTH_MODE=token"
-    raise ConfigError(
-        f"RAY_ADDRESS={address!r} must be joined with the token of that cluster, but "
-        f"{found}; try {advice}"
-    )
-
-
-def lets_in(address: str) -> bool:
-    """Whether a cluster answers, with the token that Ray sends, if it sends one.
-
-    Raises:
-        OSError: what listens at the address is no Ray cluster.
-    """
-    with create_gcs_channel(address) as channel:
-        try:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
-        except ray.exceptions.AuthenticationError:  # it has none to send
-            return False
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return False
-            raise OSError(error.details()) from error
-    return True
-
-
-def hide_token() -> None:
-    """Ray lets everybody on this machine read it."""
-    with suppress(OSError):
-        Path.home().joinpath(".ray", "auth_token").chmod(0o600)
 
 
 def check_package() -> None:
@@ -259,8 +205,8 @@ def pickle_config_modules() -> None:
 def free_workers() -> None:
     """In a cluster of our own, release what a dead controller of Ray Train still holds.
 
-    Ray's own cleaner asks the dashboard, and fails where several clusters run on one
-    machine. In a cluster that we joined, workers may be others': it must do there.
+    Ray's own cleaner asks a dashboard, which ours has not. In a cluster that we joined,
+    workers may be others': it must do there.
     """
     if not own:
         return
