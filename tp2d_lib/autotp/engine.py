@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tp2d_lib import model as models
 from tp2d_lib import store
-from tp2d_lib.autotp import partition, rules, universal
+from tp2d_lib.autotp import partition, rules, universal, vocabulary
 from tp2d_lib.autotp.files import HashingCheckpointEngine, as_data
 from tp2d_lib.autotp.layers import (
     is_sharded,
@@ -117,7 +117,7 @@ def build_engine(
     init_deepspeed(mesh)
     model = load(config)
     attend_causally(model, config)
-    config = partition.decide_vocabulary(model, config)
+    config = vocabulary.decide(model, config)
     source, partition_config = partition.check(model, config)
     description = partition.describe(source, config)
     expected = None if source == partition.PUBLISHED else probe(model)

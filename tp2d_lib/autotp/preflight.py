@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from tp2d_lib import checkpoint, store
-from tp2d_lib.autotp import partition, rules, universal
+from tp2d_lib.autotp import partition, rules, universal, vocabulary
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import device_type, pick_dtype
 
@@ -40,7 +40,7 @@ def check(config: TrainConfig, plan: bool = False) -> TrainConfig:
     config = replace(config, partition_config=rules.read(config.partition_config))
     check_precision(config)
     model, _ = preflight.check(config, "autotp", plan)
-    config = partition.decide_vocabulary(model, config)
+    config = vocabulary.decide(model, config)
     check_decay(model, config)
     check_experts(model, config)
     if start := checkpoint.start_of(config):

@@ -8,7 +8,6 @@ and the same sums are communicated, but a module computes with this rank's shard
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
@@ -20,11 +19,12 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-# PyTorch before 2.13 has both by their old names only, which 2.13 deprecates.
-GATHER = "all_gather_single", "all_gather_into_tensor"
-REDUCE = "reduce_scatter_single", "reduce_scatter_tensor"
-gather_single, reduce_single = (
-    getattr(dist, name, None) or getattr(dist, old) for name, old in (GATHER, REDUCE)
+from tp2d_lib.fsdp.collectives import (
+    AllGather,
+    AllReduce,
+    GatherColumns,
+    ReduceScatter,
+    SumGradient,
 )
 
 
@@ -60,30 +60,6 @@ def equivalent(style: ParallelStyle) -> ParallelStyle | None:
     return style if kind is ColwiseParallel else None
 
 
-def all_gather(x: torch.Tensor, group: dist.ProcessGroup, dim: int = 1) -> torch.Tensor:
-    """Join the parts of every rank along ``dim``: (batch, seq / tp, hidden) -> all."""
-    parts = x.new_empty(group.size() * len(x), *x.shape[1:])
-    gather_single(parts, x.contiguous(), group=group)
-    return parts.view(group.size(), *x.shape).movedim(0, dim).flatten(dim, dim + 1)
-
-
-def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(batch, seq, hidden) on every rank, summed -> (batch, seq / tp, hidden)."""
-    batch, seq, hidden = x.shape
-    ranks = group.size()
-    parts = x.view(batch, ranks, seq // ranks, hidden).transpose(0, 1).contiguous()
-    own = x.new_empty(batch, seq // ranks, hidden)
-    reduce_single(own, parts.flatten(0, 1), group=group)
-    return own
-
-
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the ranks, in memory of its own."""
-    whole = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(whole, group=group)
-    return whole
-
-
 def compute(
     module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
@@ -106,71 +82,6 @@ def shard(
     """The parameter as a DTensor."""
     sharded = distribute_tensor(parameter.data, mesh, [where])
     return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-
-
-class AllGather(torch.autograd.Function):
-    """Over the positions; the gradient, a part of a sum on every rank, is summed."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return reduce_scatter(gradient, ctx.group), None
-
-
-class ReduceScatter(torch.autograd.Function):
-    """Over the positions; the gradient of all of them is needed on every rank."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_gather(gradient, ctx.group), None
-
-
-class AllReduce(torch.autograd.Function):
-    """Sum the parts; the gradient is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
-class SumGradient(torch.autograd.Function):
-    """Pass what is the same on every rank; its gradient is a part of a sum on each."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(gradient, ctx.group), None
-
-
-class GatherColumns(torch.autograd.Function):
-    """Over the features; what follows, and so the gradient, is the same everywhere."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return all_gather(x, group, dim=2)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own = gradient.chunk(ctx.group.size(), dim=2)[ctx.group.rank()]
-        return own.contiguous(), None
 
 
 class OnPlainTensors(ParallelStyle):
