@@ -17,8 +17,7 @@ from pathlib import Path
 # So that `scripts` is found when this file is started by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import nbformat
-from nbformat import v4
+from nbformat import NotebookNode, v4
 
 from scripts.site import pages
 
@@ -27,8 +26,8 @@ BUILD = ROOT / "build"
 INDEX = ROOT / "scripts" / "site" / "index.md"
 ADDRESSES = {  # of the pages, by their names
     "Overview": "index.html",
-    "FSDP2 + DTensor": "fsdp2_dtensor.html",
-    "DeepSpeed AutoTP": "deepspeed_autotp.html",
+    "FSDP2": "fsdp2_dtensor.html",
+    "AutoTP": "deepspeed_autotp.html",
 }
 OUTPUT = re.compile(r"<!-- output (\w+) (\w+) -->\n")
 
@@ -43,11 +42,11 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     shutil.copytree(ROOT / "images", site / "markdown" / "images", dirs_exist_ok=True)
     executed = {file.stem: file for file in (build / "notebooks").glob("*.ipynb")}
     known = [Path(address).stem for address in list(ADDRESSES.values())[1:]]
-    books = {name: read(executed[name]) for name in known if name in executed}
+    books = {n: pages.cleaned(executed[n]) for n in known if n in executed}
     footers = {name: footer(book) for name, book in books.items()}
     written = [
-        pages.markdown(executed[name], site / "markdown", image_base_url)
-        for name in books
+        pages.markdown(book, site / "markdown" / f"{name}.md", image_base_url)
+        for name, book in books.items()
     ]
     if len(books) == len(known):
         books["index"] = index(books)
@@ -62,11 +61,7 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     return written
 
 
-def read(path: Path):
-    return nbformat.read(path, as_version=4)
-
-
-def index(books: dict) -> nbformat.NotebookNode:
+def index(books: dict) -> NotebookNode:
     """The index's text, with outputs of cells that have a tag."""
     parts = OUTPUT.split(INDEX.read_text("utf-8"))
     cells = [v4.new_markdown_cell(parts[0])]
@@ -76,7 +71,7 @@ def index(books: dict) -> nbformat.NotebookNode:
     return v4.new_notebook(cells=cells)
 
 
-def tagged(book, tag: str) -> nbformat.NotebookNode:
+def tagged(book, tag: str) -> NotebookNode:
     return next(c for c in book.cells if tag in c.metadata.get("tags", ()))
 
 

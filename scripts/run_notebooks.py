@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import time
-from base64 import b64decode
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import papermill
 from traitlets.config import Config
 
 from scripts import make_site
+from tp2d_lib.lessons.notebook import SVG
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -82,8 +82,8 @@ def write_readme(executed: list[Path], readme: Path = ROOT / "README.md") -> boo
         book = nbformat.read(path, as_version=4)
         for tag in PLOTS.get(path.stem, ()):
             data = [o.get("data", {}) for o in make_site.tagged(book, tag).outputs]
-            [image] = [shown["image/png"] for shown in data if "image/png" in shown]
-            (readme.parent / "images" / f"{tag}.png").write_bytes(b64decode(image))
+            [image] = [shown[SVG] for shown in data if SVG in shown]
+            (readme.parent / "images" / f"{tag}.svg").write_text(image)
     python = "Python {}.{}".format(*sys.version_info)  # its documentation is the corpus
     lines = [[python, *(f"`{name}`" for name in found)], ["---"] * (1 + len(found))]
     for what in dict.fromkeys(chain.from_iterable(found.values())):

@@ -1,5 +1,6 @@
 """The two commands: every field a flag, exit codes, resume after SIGKILL."""
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import pipeline
 
 from tests.support import commands
 from tests.support.demo import train_without_ray
@@ -233,7 +236,10 @@ def test_the_first_failure_is_told():
 
 
 def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
-    """By Ctrl-C, which reaches all of its terminal; then the command it prints."""
+    """By Ctrl-C, which reaches all of its terminal; then the command it prints.
+
+    It evaluates and exports besides, which changes no training.
+    """
     flags = ["--max_steps", "30", "--run_name", "cut", "--async_checkpoint"]
     given = parse("fsdp", "--offline_demo", "--tp_size", "2", *flags)
     config = read_config(given | {"storage_path": str(tmp_path)})
@@ -241,7 +247,9 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools(2).run(train_without_ray, "fsdp", config, str(whole))
 
-    run = commands.start("train_fsdp.py", tmp_path, *flags)
+    model = tmp_path / "model"
+    more = ["--eval_every", "15", "--export_to", os.path.relpath(model)]
+    run = commands.start("train_fsdp.py", tmp_path, *flags, *more)
     assert any("] step " in line for line in run.stdout), run.stderr.read()
     commands.wait_for(lambda: commands.last(cut), run)
     os.killpg(run.pid, signal.SIGINT)
@@ -259,6 +267,21 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     assert commands.shards(cut / "checkpoint-000030") == commands.shards(whole)
     starts = list(yaml.safe_load_all((cut / "config.yaml").read_text()))
     assert [(each["tp_size"], each["run_name"]) for each in starts] == [(2, "cut")] * 2
+
+    state = json.loads((cut / "checkpoint-000030" / "trainer_state.json").read_text())
+    history = state["history"]
+    losses = {r["step"]: r["eval_loss"] for r in history if "eval_loss" in r}
+    assert losses.keys() == {15, 30}
+    assert f"step 30: eval_loss {losses[30]:.4f}" in out
+    assert losses[30] < losses[15]
+    events = EventAccumulator(str(cut / "tensorboard")).Reload()
+    written = {e.step: e.value for e in events.Scalars("eval/loss")}
+    assert written == pytest.approx(losses)
+    assert f"exported to {model} in float32" in out
+    write = pipeline("text-generation", model=str(model))
+    (answer,) = write("The", min_new_tokens=5, max_new_tokens=5)
+    assert len(answer["generated_text"]) > len("The")
+    assert write.model.num_parameters() == 1_058_496
 
 
 INTERRUPTED = """

@@ -102,11 +102,9 @@ def test_equal_to_one_process_and_to_the_engine(name, family, pools, tmp_path):
     assert abs(expected[3] - still[3]) > 1e-3  # what was learned is in them
 
 
-SLOW = pytest.param("autotp_2d", marks=pytest.mark.faults)  # 90 s more
-
-
+@pytest.mark.faults  # the lesson runs one of them, without a second start
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["fsdp2_2d", SLOW])
+@each
 def test_the_command_resumes(name, demo_paths, tmp_path):
     """It trains on the library's rows, in its order; then on, on another mesh."""
     model, dataset = demo_paths

@@ -100,7 +100,7 @@ def run_all(page) -> None:
     shown = outputs(page)
     assert "error" not in [output["output_type"] for output in shown]
     assert "stderr" not in [output.get("name") for output in shown]
-    assert sum("image/png" in output.get("data", ()) for output in shown) >= 3
+    assert sum("image/svg+xml" in output.get("data", ()) for output in shown) >= 3
     assert "tokens/s" in str(shown[-1]["data"]["text/plain"])  # the summary
 
 

@@ -14,10 +14,9 @@ import pytest
 from nbformat import v4
 from playwright.sync_api import sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, pipeline
 
 from scripts import make_site, run_notebooks, sync_notebooks
-from tests.support import browser, commands
+from tests.support import browser
 from tests.support.demo import train_without_ray
 from tp2d_lib.config import ConfigError
 from tp2d_lib.flags import read_config
@@ -37,6 +36,7 @@ def read(path):
 
 @each
 def test_committed_clean_and_readable(path):
+    sizes = []
     for cell in read(path).cells:
         if cell.cell_type == "code":
             assert cell.outputs == []
@@ -44,6 +44,9 @@ def test_committed_clean_and_readable(path):
             lines = cell.source.splitlines()
             assert len(lines) <= 40, lines[0]
             assert max(map(len, lines)) <= 88
+            sizes.append(len(lines))
+    assert sum(sizes) <= 620
+    assert sum(size > 15 for size in sizes) <= 8
 
 
 @each
@@ -416,6 +419,16 @@ def test_pages_tell_what_was_executed(site):
         assert f"<title>{title}</title>" in page
         assert re.search(r"<footer>preset: demo .* PyTorch \S+.* executed \d{4}-", page)
         assert 'id="the-mesh-which-rank-goes-where"' in page
+        for place in ("exercises", "glossary", "troubleshooting"):
+            assert f'<li><a href="#{place}">' in page
+        assert re.search(r"<summary>Imports \(\d+ lines\)</summary>", page)
+        assert "<summary>Library source: " in page
+        assert "# Parameters" not in page  # papermill's cell
+        assert str(site.parent) not in page
+    assert (
+        '>Next: <a href="deepspeed_autotp.html">'
+        in (site / "fsdp2_dtensor.html").read_text()
+    )
 
 
 def test_markdown_for_docs_sites(site):
@@ -426,6 +439,8 @@ def test_markdown_for_docs_sites(site):
         text = (folder / f"{path.stem}.md").read_text()
         assert text.startswith('---\ntitle: "Train a language model')
         assert "<table>" not in text  # columns of text, as in a terminal
+        assert "\n# Train" not in text  # sites show the title themselves
+        assert "\x1b" not in text
         others = re.findall(r"(?<!!)\[[^\]]*\]\((\w+\.\w+)\)", text)
         assert set(others) == {f"{name}.md" for name in set(NAMES) - {path.stem}}
         images = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text)
@@ -478,60 +493,14 @@ def figures(run) -> list[tuple]:
     return [(record["loss"], record["grad_norm"]) for record in history(run)]
 
 
-def test_a_loop_without_ray_gives_the_same_losses(execute, pools, tmp_path):
-    """The configuration that the run kept, on forked ranks; the command equals that
-    loop too: tests/test_cli.py."""
-    run = kept_by(FSDP, execute)
+@pytest.mark.parametrize(("path", "engine"), [(FSDP, "fsdp"), (AUTOTP, "autotp")])
+def test_a_loop_without_ray_gives_the_same_losses(
+    path, engine, execute, pools, tmp_path
+):
+    """The configuration that the run kept, on forked ranks, of which none is lost; the
+    command equals that loop too: tests/test_cli.py."""
+    run = kept_by(path, execute)
     config = read_config({"config": str(run / "config.yaml")})
-    trained = pools(4).run(train_without_ray, "fsdp", config, str(tmp_path))
+    trained = pools(4, engine).run(train_without_ray, engine, config, str(tmp_path))
     assert len(trained[0]) == 40
     assert trained == [figures(run)] * 4
-
-
-@pytest.fixture(scope="module")
-def again(execute, tmp_path_factory):
-    """The command, given the configuration that a notebook's run kept.
-
-    It does more than the notebook, none of which may change training; all its paths are
-    relative, although workers have another directory. Returns its run and its output.
-    """
-    folder = tmp_path_factory.mktemp("again")
-    command = [sys.executable, str(ROOT / "train_deepspeed.py"), "--run_name", "again"]
-    command += ["--config", str(kept_by(AUTOTP, execute) / "config.yaml")]
-    command += ["--storage_path", "runs", "--export_to", "model", "--eval_every", "20"]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=commands.PATIENCE_S,
-    )
-    assert done.returncode == 0
-    return folder / "runs" / "again", done.stdout
-
-
-def test_the_command_line_gives_the_same_losses(execute, again):
-    """Those of the notebook's run, which lost a worker."""
-    trained = figures(again[0])
-    assert len(trained) == 40
-    assert trained == figures(kept_by(AUTOTP, execute))
-
-
-def test_what_a_command_leaves(again):
-    """Validation losses, also in TensorBoard, and a model."""
-    run, out = again
-    losses = {r["step"]: r["eval_loss"] for r in history(run) if "eval_loss" in r}
-    assert losses.keys() == {20, 40}
-    assert f"step 40: eval_loss {losses[40]:.4f}" in out
-    assert losses[40] < losses[20]
-
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    written = {e.step: e.value for e in events.Scalars("eval/loss")}
-    assert written == pytest.approx(losses)
-    folder = run.parents[1]
-    write = pipeline("text-generation", model=str(folder / "model"))
-    (answer,) = write("The", min_new_tokens=5, max_new_tokens=5)
-    assert len(answer["generated_text"]) > len("The")
-    exported = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert exported.num_parameters() == 1_058_496
-    assert f"exported to {folder / 'model'} in float32" in out

@@ -23,14 +23,11 @@ def who_am_i(here: SimpleNamespace) -> dict:
     """A live rank's place in the 2x2 mesh."""
     here.mesh = build_mesh(dp_size=2, tp_size=2, device_type="cpu")
     dp_rank, tp_rank = here.mesh.get_coordinate()
-    return {
-        "rank": here.rank,
-        "process": str(os.getpid()),
-        "dp_rank": dp_rank,
-        "tp_rank": tp_rank,
-        "TP group": dist.get_process_group_ranks(here.mesh.get_group("tp")),
-        "DP group": dist.get_process_group_ranks(here.mesh.get_group("dp")),
-    }
+    tp, dp = here.mesh.get_group("tp"), here.mesh.get_group("dp")
+    groups = {"TP group": dist.get_process_group_ranks(tp)}
+    groups |= {"DP group": dist.get_process_group_ranks(dp)}
+    place = {"dp_rank": dp_rank, "tp_rank": tp_rank}
+    return {"rank": here.rank, "process": str(os.getpid()), **place, **groups}
 
 
 def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
@@ -39,24 +36,19 @@ def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
     input_ids = next(iter(loader))[0]["input_ids"]
     fingerprint = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:8]
     dp_rank, tp_rank = here.mesh.get_coordinate()
-    return {
-        "rank": here.rank,
-        "dp_rank": dp_rank,
-        "tp_rank": tp_rank,
-        "rows x tokens": tuple(input_ids.shape),
-        "fingerprint": fingerprint,
-    }
+    place = {"rank": here.rank, "dp_rank": dp_rank, "tp_rank": tp_rank}
+    read = {"rows x tokens": tuple(input_ids.shape), "fingerprint": fingerprint}
+    return place | read
 
 
 def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
     """Losses and weights of a plain loop in one process, on the same rows."""
     alone = replace(config, tp_size=1, dp_size=1, num_workers=1, batch_size_per_gpu=4)
     model = AutoModelForCausalLM.from_pretrained(config.model_name)
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
-    optimizer = kind(model.parameters(), **settings)
-    losses = []
-    loader = BatchLoader(alone, Path(config.prepared_data), dp_rank=0)
+    rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer = kind(model.parameters(), **rates)
+    loader, losses = BatchLoader(alone, Path(config.prepared_data), dp_rank=0), []
     for (micro,) in itertools.islice(loader, steps):
         loss = model(**micro).loss
         loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from tp2d_lib.cost.dryrun import aligned, as_cells
 
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]\d+)?( ?%| [kMGT]?B| s)?")
 INJECTED = "# Parameters"  # the first line of the cell that papermill adds
+SVG = "image/svg+xml"
 
 
 def check_parameters(cells: Sequence[str]) -> None:
@@ -106,10 +108,15 @@ def answer(given: float | None, right: float) -> None:
 
 
 def show(figure, alt: str) -> None:
-    """Show a plot, with its alt text."""
+    """Show a plot as SVG, sharp on any screen, with its alt text."""
     from IPython.display import display
+    from matplotlib import rc_context
 
-    display(figure, metadata={"image/png": {"alt": alt}})
+    drawn = io.StringIO()
+    with rc_context({"svg.hashsalt": alt}):  # the same file each time
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    data = {SVG: drawn.getvalue(), "text/plain": f"plot: {alt}"}
+    display(data, metadata={SVG: {"alt": alt}}, raw=True)
 
 
 def tree(directory: str | Path) -> list[dict]:

@@ -12,7 +12,6 @@ from tp2d_lib.cost import comm
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLE = {
     "figure.figsize": (7, 3.2),
-    "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -131,28 +130,32 @@ def traffic(
         columns: all-reduces of a layer in backward, as in ``comm.tp_bytes``.
     """
     per_token = comm.tp_bytes(layers, hidden, 1, tp_size, columns=columns)
-    lengths = [256 * 2**i for i in range(8)]
+    lengths = [128 * 2**i for i in range(9)]
     gb = 1e9
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
-        axes.axhline(sharded / gb, color="black", label=label)
+        lines = {label: [sharded / gb] * len(lengths)}
         for batch in batches:
             sent = [per_token * batch * length / gb for length in lengths]
-            axes.plot(
-                lengths, sent, marker="o", markersize=3, label=f"tp, batch {batch}"
-            )
+            lines[f"tp, batch {batch}"] = sent
+        for (name, sent), colour in zip(
+            lines.items(), ("black", *COLOURS), strict=False
+        ):
+            axes.plot(lengths, sent, color=colour)
+            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(name, (lengths[-1], sent[-1]), color=colour, **place)
         for batch in batches:
             crossing = sharded / per_token / batch
             axes.plot(crossing, sharded / gb, "o", color="black", markersize=6)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlim(lengths[0], lengths[-1])
-        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=9)
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set(
             xlabel="sequence length (tokens)",
             ylabel="GB sent by a rank per step",
             title=f"Traffic per step, tp_size={tp_size}, bfloat16",
         )
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)  # shown by the notebook, once
     return figure
