@@ -1,7 +1,7 @@
 """Draw the figures in images/: python scripts/make_figures.py [--out DIR]
 
 The same code always gives the same bytes, so a test can compare the files in images/
-with `figures()`. Where ranks are drawn, a tp_rank is a colour, a dp_rank a grey band.
+with `figures()`. Where ranks are drawn, a tp_rank is a color, a dp_rank a gray band.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ SEEN_BY = {
     "cache_dir": "data/test_rows:test_second_prepare_reuses_rows",
     "run_name": "run/test_launch:test_same_name_goes_on_where_it_stopped",
     "resume_from_checkpoint": "lessons/test_notebooks:test_another_mesh_and_export",
-    "eval_every": "lessons/test_notebooks:test_what_a_command_leaves",
+    "eval_every": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
     "checkpoint_every": "run/test_launch:test_same_name_goes_on_where_it_stopped",
     "checkpoint_minutes": "run/test_loop:test_saves_by_time_cost_no_more_than_training",
     "async_checkpoint": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
@@ -88,7 +88,7 @@ SEEN_BY = {
     "nonfinite": "run/test_health:test_a_step_that_is_not_finite_stops_or_is_skipped",
     "hang_timeout": "faults/test_hangs:test_a_rank_that_is_stopped_is_replaced",
     "log_interval": "run/test_launch:test_same_name_goes_on_where_it_stopped",
-    "export_to": "lessons/test_notebooks:test_what_a_command_leaves",
+    "export_to": "test_cli:test_a_run_that_was_interrupted_ends_exactly",
     "export_dtype": "model/test_exports:test_weights_have_the_type_asked_for",
 }
 
@@ -185,7 +185,7 @@ def test_a_dataset_has_configurations_and_splits(config, tmp_path):
     assert documents(dataset_config="second", dataset_split="test") == 20
 
 
-def test_so_many_processes_tokenise(monkeypatch):
+def test_so_many_processes_tokenize(monkeypatch):
     """As many as are worth it, but no more than there are cores."""
     monkeypatch.setattr("loky.cpu_count", lambda: 2)
     sizes = [size * data.workers.MANY for size in (0, 0.9, 1, 99)]

@@ -109,7 +109,7 @@ class TrainConfig:
     dp_size: Count = 1
     """data-parallel size: groups of ranks that read different rows"""
     dp_replicate_size: Count = 1
-    """FSDP2: copies of the model over dp, each sharded over neighbouring dp ranks
+    """FSDP2: copies of the model over dp, each sharded over neighboring dp ranks
     (HSDP)"""
     num_workers: Count | None = None
     """number of ranks; if omitted, tp_size * dp_size"""
@@ -192,7 +192,7 @@ class TrainConfig:
     storage_path: Folder = "/mnt/cluster_storage"
     """where runs are stored; every node must have access"""
     cache_dir: Folder | None = None
-    """where tokenised rows are stored; if omitted, storage_path/data"""
+    """where tokenized rows are stored; if omitted, storage_path/data"""
     run_name: RunName | None = None
     """name of the run; if omitted, made from the time"""
     resume_from_checkpoint: Folder | None = None
@@ -235,7 +235,7 @@ class TrainConfig:
 
     @property
     def data_dir(self) -> Path:
-        """Folder of the tokenised rows, visible to every node."""
+        """Folder of the tokenized rows, visible to every node."""
         return Path(self.cache_dir or os.path.join(self.storage_path, "data"))
 
 

@@ -35,7 +35,7 @@ def patient_group() -> dist.ProcessGroup:
 def layout(dp_size: int, tp_size: int) -> torch.Tensor:
     """World ranks as a (dp_size, tp_size) table: a row is one TP group.
 
-    Neighbouring ranks share a row, so that a TP group, which communicates in every
+    Neighboring ranks share a row, so that a TP group, which communicates in every
     layer, stays inside one node when ranks are numbered node by node.
     """
     return torch.arange(dp_size * tp_size).view(dp_size, tp_size)
@@ -52,7 +52,7 @@ def coordinates(dp_size: int, tp_size: int) -> list[Coordinate]:
 
 
 def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceMesh:
-    """Build the two-dimensional mesh over an initialised process group.
+    """Build the two-dimensional mesh over an initialized process group.
 
     Args:
         dp_size: rows; each row reads different data.
@@ -77,7 +77,7 @@ def build_mesh(dp_size: int, tp_size: int, device_type: str = "auto") -> DeviceM
 def split_dp(mesh: DeviceMesh, dp_replicate_size: int) -> DeviceMesh:
     """The mesh to shard weights on: with HSDP, dp becomes dp_replicate x dp_shard.
 
-    Neighbouring ranks shard one copy of the model, so that it stays inside a node, as a
+    Neighboring ranks shard one copy of the model, so that it stays inside a node, as a
     TP group does; only sums of gradients are sent between copies.
 
     Args:

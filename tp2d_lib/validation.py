@@ -211,7 +211,7 @@ def check_combinations(config: Any) -> None:
     if "://" in config.storage_path and config.cache_dir is None:
         raise ConfigError(
             f"cache_dir=None must name a folder every node sees when "
-            f"storage_path={config.storage_path!r} is remote, because tokenised rows "
+            f"storage_path={config.storage_path!r} is remote, because tokenized rows "
             "are memory-mapped; try cache_dir='/mnt/cluster_storage/data'"
         )
     for name in ("cache_dir", "prepared_data", "prepared_eval_data"):

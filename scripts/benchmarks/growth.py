@@ -106,7 +106,7 @@ def compare_vocabularies(rounds: int, storage: str) -> Table:
 
 
 def prepare(storage: str, times: int) -> float:
-    """Seconds to tokenise and pack, in a process of its own so that nothing is kept."""
+    """Seconds to tokenize and pack, in a process of its own so that nothing is kept."""
     config = bench_config(storage, 1, 1, dataset_name=f"{storage}/corpus-{times}")
     with tempfile.TemporaryDirectory(dir=storage) as folder:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ def draw(tables: dict[str, Ratios], path: Path) -> None:
         axes.barh(places, middle, height, xerr=spread, label=title, capsize=2)
     axes.set_yticks([p + 0.4 - height / 2 for p in range(len(names))], names)
     axes.invert_yaxis()
-    axes.axvline(1, color="grey", linewidth=1)
+    axes.axvline(1, color="gray", linewidth=1)
     axes.set_xlabel("time of a step, relative to one process with all cores")
     axes.legend(title="parameters")
     path.parent.mkdir(parents=True, exist_ok=True)

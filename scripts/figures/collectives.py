@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.figures.svg import BAND, COMM, TP_COLOURS, Figure
+from scripts.figures.svg import BAND, COMM, TP_COLORS, Figure
 
 OWN, ADDED = ("1", "2", "3", "4"), ("10", "20", "30", "40")
 SUM = ("11", "22", "33", "44")
@@ -32,7 +32,7 @@ ROWS = (
 
 def draw_numbers(fig: Figure, x: int, y: int, rank: int, held: tuple[str, ...]) -> None:
     for i, value in enumerate(held):
-        fig.rect(x + i * CELL, y, CELL, 34, TP_COLOURS[rank])
+        fig.rect(x + i * CELL, y, CELL, 34, TP_COLORS[rank])
         fig.text(x + (i + 0.5) * CELL, y + 17, value)
 
 

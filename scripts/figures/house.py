@@ -35,7 +35,7 @@ STEP, APART, PAD = 76, 56, 8
 
 
 def draw_band(fig: Figure, x: float, y: float, width: float, boxes: list[str]) -> None:
-    """A grey band with boxes of equal width, each with a name and a few words."""
+    """A gray band with boxes of equal width, each with a name and a few words."""
     fig.rect(x, y, width, HEIGHT, BAND)
     w = (width - PAD) / len(boxes)
     for i, box in enumerate(boxes):
@@ -52,7 +52,7 @@ def house() -> Figure:
     Seven layers, top to bottom: cli and lessons; cost; fsdp and autotp, with a gap
     between them because they never import each other; flags and run; checkpoint,
     presets, data and model; config and mesh; validation, integrity and store. An arrow
-    labelled imports points down the left side.
+    labeled imports points down the left side.
     """
     fig = Figure(760, 666, house.__doc__)
     layers = LAYERS.split("\n\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.figures.svg import BAND, TP_COLOURS, Figure, Pair
+from scripts.figures.svg import BAND, TP_COLORS, Figure, Pair
 from tp2d_lib.mesh import coordinates
 
 MESH = coordinates(dp_size=2, tp_size=2)
@@ -21,7 +21,7 @@ def draw_mesh(
         if c.tp_rank == 0:
             band = 2 * (w + pad) + gap_x
             fig.rect(left - pad, top - pad, band, h + 2 * pad, BAND)
-        fig.rect(left, top, w, h, TP_COLOURS[c.tp_rank])
+        fig.rect(left, top, w, h, TP_COLORS[c.tp_rank])
         fig.text(cx, cy, label.format(c.rank), look="bold")
         if "tp" in groups and c.tp_rank == 0:
             fig.arrow(left + w + 5, cy, left + w + gap_x - 5, cy, "tp")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.figures import mesh
-from scripts.figures.svg import BAND, COMM, PLAIN, TP_COLOURS, WHITE, Figure
+from scripts.figures.svg import BAND, COMM, PLAIN, TP_COLORS, WHITE, Figure
 
 # Lengths in column_row_parallel: equal lengths are equal dimensions.
 TOKENS, HIDDEN, HALF = 84, 56, 66
@@ -11,9 +11,9 @@ TOKENS, HIDDEN, HALF = 84, 56, 66
 
 def draw_lane(fig: Figure, tp_rank: int, middle: int) -> None:
     """What one tp_rank computes, from X to Z."""
-    own, n = TP_COLOURS[tp_rank], tp_rank + 1
+    own, n = TP_COLORS[tp_rank], tp_rank + 1
     fig.text(32, middle - 62, f"tp_rank {tp_rank}", look="left bold")
-    for x, w, h, name, rows, columns, colours in (
+    for x, w, h, name, rows, columns, colors in (
         (44, HIDDEN, TOKENS, "X", "batch·seq,", "hidden", PLAIN),
         (146, HALF, HIDDEN, f"A{n}", "hidden,", "ffn/2", own),
         (264, HALF, TOKENS, f"Y{n}", "batch·seq,", "ffn/2", own),
@@ -21,7 +21,7 @@ def draw_lane(fig: Figure, tp_rank: int, middle: int) -> None:
         (478, HIDDEN, TOKENS, f"Z{n}", "batch·seq,", "hidden", own),
         (628, HIDDEN, TOKENS, "Z", "batch·seq,", "hidden", PLAIN),
     ):
-        fig.rect(x, middle - h / 2, w, h, colours)
+        fig.rect(x, middle - h / 2, w, h, colors)
         fig.text(x + w / 2, middle, name, look="bold large")
         fig.text(x + w / 2, middle + 64, rows, columns, look="small")
     for x, y, sign in ((123, middle, "@"), (353, middle, "@"), (236, middle - 18, "f")):
@@ -40,7 +40,7 @@ def column_row_parallel() -> Figure:
     fig = Figure(720, 612, column_row_parallel.__doc__)
     fig.text(130, 76, "A is sharded by columns", "shape (hidden, ffn)", look="left")
     fig.text(400, 76, "B is sharded by rows", "shape (ffn, hidden)", look="left")
-    for i, own in enumerate(TP_COLOURS):
+    for i, own in enumerate(TP_COLORS):
         fig.rect(130 + i * HALF, 110, HALF, HIDDEN, own)
         fig.text(130 + (i + 0.5) * HALF, 138, f"A{i + 1}", look="bold large")
         fig.rect(560, 56 + i * HALF, HIDDEN, HALF, own)
@@ -61,7 +61,7 @@ def draw_shard(
     fig: Figure, x: int, y: int, tp_rank: int, held: tuple[int, ...], w: int, h: int
 ) -> None:
     """One tp shard, a half for each dp_rank; the halves in `held` are filled."""
-    line, fill = TP_COLOURS[tp_rank]
+    line, fill = TP_COLORS[tp_rank]
     for i in (0, 1):
         fig.rect(x + i * w, y, w, h, ("none", fill) if i in held else WHITE)
         if i in held:
@@ -80,7 +80,7 @@ def draw_storage(fig: Figure, dp_rank: int, tp_rank: int) -> None:
     for x in (96, 592):
         draw_shard(fig, x, y + 6, tp_rank, (dp_rank,), 44, 40)
     for x, label in ((254, name), (424, f"grad {name}")):
-        fig.rect(x, y + 6, 88, 40, TP_COLOURS[tp_rank])
+        fig.rect(x, y + 6, 88, 40, TP_COLORS[tp_rank])
         fig.text(x + 44, y + 26, label, look="bold")
     for x1, x2 in ((189, 202), (234, 247), (349, 415), (517, 530), (562, 583)):
         fig.arrow(x1, y + 26, x2, y + 26)
@@ -137,7 +137,7 @@ def draw_fused(fig: Figure, y: int, owners: tuple[int, ...], *lines: str) -> Non
     fig.text(20, y + 20, *lines[1:], look="left small")
     fig.text(20, y + 68, "full", "weight", look="left")
     for i, (part, owner) in enumerate(zip(PARTS, owners, strict=True)):
-        fig.rect(100 + i * width, y + 46, width, height, TP_COLOURS[owner])
+        fig.rect(100 + i * width, y + 46, width, height, TP_COLORS[owner])
         fig.text(100 + (i + 0.5) * width, y + 68, part, look="small")
     for tp_rank in (0, 1):
         left = 100 + 2 * width * tp_rank
@@ -146,7 +146,7 @@ def draw_fused(fig: Figure, y: int, owners: tuple[int, ...], *lines: str) -> Non
         ]
         fig.text(left + width, y + 116, f"tp_rank {tp_rank} holds", look="small")
         for i, part in enumerate(own):
-            fig.rect(left + i * width, y + 130, width, height, TP_COLOURS[tp_rank])
+            fig.rect(left + i * width, y + 130, width, height, TP_COLORS[tp_rank])
             fig.text(left + (i + 0.5) * width, y + 152, part, look="small")
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from html import escape
 
 Pair = tuple[int, int]
-Colours = tuple[str, str]  # Of the line and of the inside.
+Colors = tuple[str, str]  # Of the line and of the inside.
 
 INK = "#1a1a1a"
-WHITE: Colours = ("none", "#ffffff")
-BAND: Colours = ("none", "#ececec")
-PLAIN: Colours = ("#767676", "#ffffff")
-COMM: Colours = (INK, "#ffffff")
+WHITE: Colors = ("none", "#ffffff")
+BAND: Colors = ("none", "#ececec")
+PLAIN: Colors = ("#767676", "#ffffff")
+COMM: Colors = (INK, "#ffffff")
 # One for each tp_rank: Okabe-Ito blue and vermilion, and a tint of each inside.
-TP_COLOURS: tuple[Colours, ...] = (("#0072b2", "#cde4f2"), ("#d55e00", "#fbdcc8"))
+TP_COLORS: tuple[Colors, ...] = (("#0072b2", "#cde4f2"), ("#d55e00", "#fbdcc8"))
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 HEAD = (
     '<defs><marker id="head" orient="auto-start-reverse" markerUnits="userSpaceOnUse"'
@@ -46,14 +46,14 @@ class Figure:
         self.text(20, 26, title, look="left bold large")
 
     def rect(
-        self, x: float, y: float, w: float, h: float, colours: Colours, dash: str = ""
+        self, x: float, y: float, w: float, h: float, colors: Colors, dash: str = ""
     ) -> None:
-        line, fill = colours
+        line, fill = colors
         style = {"stroke": line, "stroke_width": 2, "stroke_dasharray": dash or "none"}
         self.parts.append(tag("rect", x=x, y=y, width=w, height=h, fill=fill, **style))
 
     def text(self, x: float, y: float, *lines: str, look: str = "") -> None:
-        """Lines centred on height y; `look` may contain left, bold, small or large."""
+        """Lines centered on height y; `look` may contain left, bold, small or large."""
         size = 13 if "small" in look else 16 if "large" in look else 14
         style = {
             "fill": INK,
@@ -62,7 +62,7 @@ class Figure:
             "text_anchor": "start" if "left" in look else "middle",
         }
         for i, line in enumerate(lines):
-            # A baseline 0.35 of the size lower centres the letters on y.
+            # A baseline 0.35 of the size lower centers the letters on y.
             baseline = y + ((i - (len(lines) - 1) / 2) * 1.35 + 0.35) * size
             self.parts.append(tag("text", escape(line), x=x, y=baseline, **style))
 

@@ -138,7 +138,7 @@ def test_second_prepare_reuses_rows(make, tmp_path, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert {path.name for path in times} == {*data.checks.FILES, data.checks.CHECKSUMS}
 
-    again = lambda *_: pytest.fail("tokenised again")  # noqa: E731
+    again = lambda *_: pytest.fail("tokenized again")  # noqa: E731
     monkeypatch.setattr(data.writing, "tokenize", again)
     copy = shutil.copytree(config.model_name, tmp_path / "copy")
     for same in (
@@ -202,7 +202,7 @@ def change_json(path: Path, **parts) -> None:
 
 
 def prepare_together(config):
-    """On every rank: the rows' directory, and how often this rank tokenised."""
+    """On every rank: the rows' directory, and how often this rank tokenized."""
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(config.model_name)  # slow imports, out of the way
@@ -219,7 +219,7 @@ def prepare_together(config):
         return data.prepare(config), len(calls)
 
 
-def test_processes_at_once_tokenise_once(make, tmp_path, pools):
+def test_processes_at_once_tokenize_once(make, tmp_path, pools):
     texts = sentences(50)
     config = make(dataset_name=write_texts(tmp_path / "texts", texts))
     directories, calls = zip(*pools(4).run(prepare_together, config), strict=True)

@@ -106,7 +106,7 @@ def groups(tp_size, dp_size, copies):
     }
 
 
-def test_neighbours_shard_a_copy(pools):
+def test_neighbors_shard_a_copy(pools):
     """Ranks are numbered node by node, so a copy stays inside one."""
     *_, last = pools(4).run(groups, 1, 4, 2)
     assert last == {"dp_replicate": [1, 3], "dp_shard": [2, 3], "tp": [3]}

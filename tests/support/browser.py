@@ -32,7 +32,7 @@ def launch(playwright):
 
 
 def problems(browser, file: Path, width: int, scheme: str) -> list[str]:
-    """What a reader of the page with this width and colour scheme would meet."""
+    """What a reader of the page with this width and color scheme would meet."""
     page = browser.new_page(
         viewport={"width": width, "height": 900}, color_scheme=scheme
     )

@@ -91,7 +91,7 @@ def check_precision(config: TrainConfig) -> None:
                 f"{name}={value!r} works with FSDP2 only; try {name}={default!r}"
             )
     if config.dp_replicate_size > 1:
-        # DeepSpeed 0.19.8 forms those groups of neighbouring world ranks, and no MiCS.
+        # DeepSpeed 0.19.8 forms those groups of neighboring world ranks, and no MiCS.
         raise ConfigError(
             f"dp_replicate_size={config.dp_replicate_size} works with FSDP2 only, "
             "because DeepSpeed's zero_hpz_partition_size mistakes tp ranks for dp "
@@ -112,7 +112,7 @@ def check_precision(config: TrainConfig) -> None:
         raise ConfigError(
             "activation_checkpointing='selective' cannot be combined with "
             "zero_stage=3, which gathers weights between the operators that are to be "
-            "recognised; try 'full'"
+            "recognized; try 'full'"
         )
     convertible = config.optimizer == "adamw" and config.zero_stage > 0
     if config.min_dp_size and not convertible:

@@ -20,8 +20,8 @@ class Cluster:
         gpu: of its data sheet.
         gpus_per_node: ranks are placed node by node, and a tp group side by side.
         network: between nodes, in bytes/s of a GPU in one direction; 50e9 is 400 Gb/s.
-        switched: whether a GPU reaches each neighbour at full speed. Boards of four
-            H100 or H200 have no switch: a third of the links leads to each neighbour.
+        switched: whether a GPU reaches each neighbor at full speed. Boards of four
+            H100 or H200 have no switch: a third of the links leads to each neighbor.
         use: the part of the GPU's peak that computation reaches. Measure it on one
             GPU; with everything compiled, large models reach 0.5 to 0.7.
     """

@@ -1,4 +1,4 @@
-"""From documents to batches: tokenised once, then read by dp rank."""
+"""From documents to batches: tokenized once, then read by dp rank."""
 
 from tp2d_lib.data.checks import open_rows
 from tp2d_lib.data.loader import (

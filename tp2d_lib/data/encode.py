@@ -13,7 +13,7 @@ from tp2d_lib.config import first_line
 from tp2d_lib.data.chat import CLOSE, OPEN, Span, Template
 from tp2d_lib.data.documents import Chat, Document
 
-# How a piece of a document is tokenised: what it holds is a text as it was found, what
+# How a piece of a document is tokenized: what it holds is a text as it was found, what
 # a template has written, or what in a message reads like the frame of a turn.
 TEXT, TEMPLATE, FORGED = range(3)
 NOWHERE = np.zeros((0, 2), np.int64)

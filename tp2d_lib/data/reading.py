@@ -1,4 +1,4 @@
-"""What will be read, and how: decided before any document is tokenised, and told."""
+"""What will be read, and how: decided before any document is tokenized, and told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tokens: tokenised once per run, kept in memory-mapped files."""
+"""Rows of tokens: tokenized once per run, kept in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tp2d_lib.data.writing import write_rows
 
 
 def check(config: TrainConfig) -> str:
-    """Find, without tokenising, what would make ``prepare`` fail.
+    """Find, without tokenizing, what would make ``prepare`` fail.
 
     Returns:
         How documents will share rows: ``config.pack``, decided where it is "auto".
@@ -44,7 +44,7 @@ def pack_for(config: TrainConfig, reading: Reading) -> str:
 
 
 def prepare(config: TrainConfig, keep_all: bool = False) -> Path:
-    """Tokenise the dataset into rows, or find the rows of an earlier run.
+    """Tokenize the dataset into rows, or find the rows of an earlier run.
 
     Runs in the driver, before any worker exists. When several processes call it at
     once, one works and the others wait. With ``keep_all``, for held-out data, a

@@ -71,7 +71,7 @@ def tokenize(
     count = processes(sum(part.size() for part in reading.dataset.parts))
     names = ("tokens.ids", "tokens.trained")
     with open(folder / names[0], "wb") as ids, open(folder / names[1], "wb") as trained:
-        bar = tqdm(desc="tokenise", unit=" documents", disable=not sys.stderr.isatty())
+        bar = tqdm(desc="tokenize", unit=" documents", disable=not sys.stderr.isatty())
         for found in encode_all(config, given, documents, count):
             some = [each for each in found if each.trained is None or any(each.trained)]
             why[UNTRAINED] += len(found) - len(some)

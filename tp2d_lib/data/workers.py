@@ -103,7 +103,7 @@ def result(config: TrainConfig, places: tuple[str, ...], future) -> list[Encoded
     except BrokenProcessPool as error:
         raise ConfigError(
             f"dataset_name={config.dataset_name!r} must leave each process memory to "
-            "tokenise, but one has died; try fewer cores, with taskset --cpu-list 0"
+            "tokenize, but one has died; try fewer cores, with taskset --cpu-list 0"
         ) from error
     except EncodeError as error:
         where = places[error.number]

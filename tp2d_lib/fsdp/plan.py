@@ -139,7 +139,7 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, dtype, stream=Shard(1)):
-    """Parallelise a model in two dimensions: first over tp, then over dp."""
+    """Parallelize a model in two dimensions: first over tp, then over dp."""
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"], tensor_parallel_plan(model, stream))
     dp = mesh.mesh_dim_names[:-1]  # ("dp",); with HSDP ("dp_replicate", "dp_shard")

@@ -1,4 +1,4 @@
-"""The plots that the notebooks show: one style, one colour per series."""
+"""The plots that the notebooks show: one style, one color per series."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 
 from tp2d_lib.cost import comm
 
-# Okabe and Ito's palette, safe for colour-blind readers; the figures use it too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+# Okabe and Ito's palette, safe for color-blind readers; the figures use it too.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLE = {
     "figure.figsize": (7, 3.2),
     "figure.constrained_layout.use": True,
@@ -18,7 +18,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e5e5e5",
     "axes.axisbelow": True,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(color=COLORS),
     "legend.frameon": False,
 }
 ON_EACH_OTHER = ({"linewidth": 6, "alpha": 0.35}, {"linewidth": 1.8})
@@ -48,7 +48,7 @@ def training(history: Sequence[dict], guess: float | None = None) -> plt.Figure:
         whole_steps(left, right)
         left.set(xlabel="step", ylabel="loss (mean over valid tokens)", title="Loss")
         speed = [record["tokens_per_second"] for record in history]
-        right.plot(steps, speed, color=COLOURS[1])
+        right.plot(steps, speed, color=COLORS[1])
         right.set(xlabel="step", title="Valid tokens per second")
         right.yaxis.set_major_formatter("{x:,.0f}")
         right.set_ylim(bottom=0)
@@ -138,12 +138,10 @@ def traffic(
         for batch in batches:
             sent = [per_token * batch * length / gb for length in lengths]
             lines[f"tp, batch {batch}"] = sent
-        for (name, sent), colour in zip(
-            lines.items(), ("black", *COLOURS), strict=False
-        ):
-            axes.plot(lengths, sent, color=colour)
+        for (name, sent), color in zip(lines.items(), ("black", *COLORS), strict=False):
+            axes.plot(lengths, sent, color=color)
             place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(name, (lengths[-1], sent[-1]), color=colour, **place)
+            axes.annotate(name, (lengths[-1], sent[-1]), color=color, **place)
         for batch in batches:
             crossing = sharded / per_token / batch
             axes.plot(crossing, sharded / gb, "o", color="black", markersize=6)

@@ -68,7 +68,7 @@ def check_complete(missing: set[str], directory: Path) -> None:
 def rebuild_buffers(model: nn.Module, twin: nn.Module) -> None:
     """Fill in what safetensors files do not hold, such as the rotary frequencies.
 
-    transformers computes them when it initialises weights, so initialise a twin of the
+    transformers computes them when it initializes weights, so initialize a twin of the
     model whose parameters have no storage, and copy its buffers.
     """
     for name, buffer in list(twin.named_buffers()):
