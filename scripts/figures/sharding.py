@@ -121,7 +121,7 @@ def two_dimensional() -> Figure:
         fig.text(x, 308, *lines, look="small")
     for c in mesh.MESH:
         draw_storage(fig, c.dp_rank, c.tp_rank)
-    group = "Each block is one DP group: it communicates over dp only. B does the same."
+    group = "A gray box is one DP group: it communicates over dp only. B does the same."
     again = "FSDP frees the tp shard after forward and gathers it again for backward."
     fig.text(20, 632, group, again, look="left small")
     return fig

@@ -12,9 +12,9 @@ The dataset order follows from (seed, epoch). Each dp_rank takes
 its own rows of the global batch; its tp_ranks read the same rows.
 
 dp: Forward: all-gather of weights over dp
-Before each block, a rank gathers the full tp shard of its weights.
+Before each layer, a rank gathers the full tp shard of its weights.
 
-tp: Forward: activations over tp, in each block
+tp: Forward: activations over tp, twice a layer
 All-gather before column-parallel layers, reduce-scatter after
 row-parallel layers; together they are one all-reduce. Outside
 these layers, each tp_rank holds its own shard of the sequence.
@@ -28,7 +28,7 @@ The same collectives in reverse: weights are gathered over dp again,
 gradients of activations travel over tp.
 
 dp: Reduce-scatter of gradients over dp
-When backward leaves a block, each rank keeps the sum for its shard.
+When backward leaves a layer, each rank keeps the sum for its shard.
 
 tp and dp: Clip to the global norm
 Squares are summed over all shards, a replicated tensor counted once.

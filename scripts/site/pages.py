@@ -25,7 +25,7 @@ PLACE = re.compile(r'href="#([^"]+)"')  # as in Jupyter
 
 
 def cleaned(executed: Path) -> nbformat.NotebookNode:
-    """An executed notebook without papermill's cell, colors, folders, process ids."""
+    """An executed notebook without papermill's cell, our folders, and Ray's ids."""
     notebook = nbformat.read(executed, as_version=4)
     notebook.cells = [c for c in notebook.cells if not c.source.startswith(INJECTED)]
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
