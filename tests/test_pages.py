@@ -15,6 +15,7 @@ from transformers import Qwen2Config
 from tests.support import reference
 from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
+from tp2d_lib.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
 QWEN = Qwen2Config(  # as Qwen2.5-7B's config.json on the Hub says
@@ -53,6 +54,15 @@ def test_the_meshes_for_a_7b_model_are_what_the_command_prints(tmp_path):
     minutes = 100e6 / (16 * fastest) / 60
     hours = 1e9 / (16 * fastest) / 3600
     assert f"tokens take {minutes:.0f} minutes, a billion take {hours:.1f}" in text
+
+
+def test_the_commands_for_a_7b_model_have_these_flags():
+    commands = [
+        b for b in blocks("first-run.md") if b.startswith("python train_fsdp.py")
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        build_parser("fsdp", "").parse_args(command.replace("\\\n", "").split()[2:])
 
 
 @pytest.mark.ranks

@@ -7,7 +7,6 @@ import base64
 import html
 import mimetypes
 import re
-from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -21,6 +20,7 @@ TEMPLATE = Path(__file__).parent / "template"
 HEADING = re.compile(r'<h([1-6]) id="[^"]*">(.*?)<a class="anchor-link".*?</a></h\1>')
 IMAGE = re.compile(r'<img ([^>]*?)src="(?!data:)([^"]+)"([^>]*?)>')
 LINK = re.compile(r'href="([\w/.-]+)\.ipynb"')
+RAYLET = re.compile(r"^(\(raylet\) .*?\.) .*", re.MULTILINE)  # ids come after it
 PLACE = re.compile(r'href="#([^"]+)"')  # as in Jupyter
 
 
@@ -29,13 +29,11 @@ def cleaned(executed: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(executed, as_version=4)
     notebook.cells = [c for c in notebook.cells if not c.source.startswith(INJECTED)]
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
-    runs = given.get("STORAGE_PATH") or ""
+    runs = given.get("STORAGE_PATH")
 
     def clean(printed: str) -> str:
-        printed = strip_ansi(printed).replace(runs, "RUNS" if runs else "").rstrip()
-        return (
-            re.sub(r"^(\(raylet\) .*?\.) .*", r"\1 [...]", printed, flags=re.M) + "\n"
-        )
+        printed = RAYLET.sub(r"\1 [...]", strip_ansi(printed))
+        return (printed.replace(runs, "RUNS") if runs else printed).rstrip() + "\n"
 
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
@@ -118,7 +116,6 @@ def page(notebook, folder: Path, address: str, pages: dict[str, str], footer: st
         notebook: executed; images are looked up from ``folder``, where it lies.
         address: of this page, one of those in ``pages``, by their names.
     """
-    notebook = deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.metadata["html"] = text(cell.source, folder)

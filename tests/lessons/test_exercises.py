@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM
 
 import tp2d_lib.autotp.engine
 import tp2d_lib.fsdp.engine
 import tp2d_lib.fsdp.plan
+from tests.support.models import write_model
 from tp2d_lib import autotp, data
 from tp2d_lib.cost import comm
 from tp2d_lib.mesh import build_mesh
@@ -105,22 +106,12 @@ def mlp_only(config, full) -> tuple[float, list[str]]:
 
 
 def test_with_rules_for_the_mlp_only_four_modules_are_sharded(lesson, pools, tmp_path):
-    fused = Phi3Config(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(fused, dtype=torch.float32)
-    model.save_pretrained(tmp_path)
+    fused = write_model("phi3", tmp_path, vocab_size=2048, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(fused)
     gate_and_up = {"patterns": [".*gate_up_proj.weight$"], "shape": [2, -1]}
     down = {"patterns": [".*down_proj.weight$"], "partition_type": "row"}
     rules = {"use_default_specs": False, "layer_specs": [gate_and_up, down]}
-    config = replace(lesson, model_name=str(tmp_path), tp_size=2, num_workers=2)
+    config = replace(lesson, model_name=fused, tp_size=2, num_workers=2)
     config = autotp.check(replace(config, partition_config=rules))
     full = {name: p.shape for name, p in model.named_parameters()}
     (loss, sharded), _ = pools(2).run(mlp_only, config, full)
