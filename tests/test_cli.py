@@ -53,7 +53,7 @@ def test_every_field_has_a_flag_that_carries_its_value(name):
     text = SAMPLES.get(name, "3")
     (dest, value), *others = parse(engine, flag, text).items()
     assert (dest, str(value).removesuffix(".0"), others) == (name, text, [])
-    known = (str, int) if default is None else (type(default), int)
+    known = (str, int, float) if default is None else (type(default), int)
     assert type(value) in known
 
 

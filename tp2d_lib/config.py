@@ -178,6 +178,16 @@ class TrainConfig:
     weights are communicated in float32"""
     compile: bool = False
     """torch.compile the attention and MLP of each layer"""
+    lora_rank: CountOr0 = 0
+    """FSDP2: train low-rank adapters of this rank beside linear layers, which stay as
+    they are (LoRA); 0: train the model"""
+    lora_alpha: Positive | None = None
+    """FSDP2: adapters count lora_alpha / lora_rank times; if omitted, twice"""
+    lora_dropout: Below1 = 0.0
+    """FSDP2: share of an adapter's inputs that are dropped"""
+    lora_target_modules: Line | None = None
+    """FSDP2: names of the layers with adapters, as q_proj,v_proj; if omitted, all
+    linear layers that tp shards"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """activations that are computed again in backward instead of being stored;
     selective: all but attention's output and, without compile, most matrix products"""
@@ -217,7 +227,10 @@ class TrainConfig:
     export_to: Folder | None = None
     """write the trained model here as plain Hugging Face safetensors"""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """type of the weights that are exported; auto: that of the model's own files"""
+    """type of the weights that are exported; auto: that of the model's own files, of
+    adapters float32"""
+    merge_adapter: bool = False
+    """FSDP2: export the whole model with its adapters added, instead of the adapters"""
 
     def __post_init__(self):
         if self.num_workers is None:

@@ -31,6 +31,7 @@ READ_BY = {  # field -> the setting that reads it, and its values that do
     "adam_epsilon": ("optimizer", ["adamw"]),
     "min_lr_ratio": ("lr_scheduler_type", ["cosine", "linear"]),
 }
+LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_adapter")
 
 
 def in_one_line(value: str) -> str:
@@ -172,6 +173,13 @@ def check_combinations(config: Any) -> None:
                 f"{name}={value:g} must be combined with {reader} "
                 f"{' or '.join(values)}, because {chosen} does not read it; try "
                 f"{reader}={values[0]!r}"
+            )
+    for name in LORA:
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and not config.lora_rank:
+            raise ConfigError(
+                f"{name}={value!r} must be combined with lora_rank, because nothing "
+                "else reads it; try lora_rank=8"
             )
     world_size = config.tp_size * config.dp_size
     if config.num_workers != world_size:

@@ -3,7 +3,9 @@
 import re
 import shutil
 from ast import literal_eval
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,14 +13,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.decoders import tiny
-from tests.support import reference
+from tests.support import lora, reference
 from tests.support.parity import MAX_GRAD_NORM, make_config, make_steps, share_of
 from tp2d_lib.config import ConfigError
-from tp2d_lib.model import PlanError, attention
+from tp2d_lib.model import PlanError, attention, build_empty_model
+from tp2d_lib.model.lora import adapters
 
 VARIANT = ("padded", 1, "sgd")
 STEPS = 2
-KEPT = ("tp_size", "dp_size", "weight_decay")  # the reference has them, too
+RANK, SCALE = 3, 2.0  # of adapters
+KEPT = (
+    "tp_size",
+    "dp_size",
+    "weight_decay",
+    "lora_rank",
+)  # the reference has them, too
 SENTENCE = r"[^\n]+ (?:must|works|cannot) [^\n]+; try [^\n]+"
 
 
@@ -36,7 +45,16 @@ def prepare(name: str, folder: Path) -> str:
         trained.append(one)
     if trained[0][0] != trained[1][0]:
         raise ValueError("its losses are random")
-    torch.save(trained[0], folder / "reference.pt")
+    torch.save(trained[0], folder / "fsdp.pt")
+    torch.save(trained[0], folder / "autotp.pt")
+    with suppress(ConfigError):  # no layer can have an adapter
+        empty = build_empty_model(make_config_of(folder, 1, 1, lora_rank=RANK))
+        names = [name for name, _ in adapters(empty)]
+        options = ("sgd", steps_of(), MAX_GRAD_NORM)
+        adapt = partial(lora.add, names=names, rank=RANK, scale=SCALE)
+        one = reference.train(folder / "model", *options, adapt=adapt)
+        merged = lora.merged(one[2], SCALE)
+        torch.save((*one[:2], merged), folder / "lora.pt")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     return type(model).__name__
 
@@ -67,9 +85,10 @@ def accept(engine: str, folder: Path, tp_size: int, dp_size: int):
 
     Where it refuses the default, the value that it tells to try must do.
     """
-    check = import_module(f"tp2d_lib.{engine}").check
-    export = str(folder / f"{engine}-{tp_size}")
-    config = make_config_of(folder, tp_size, dp_size, export_to=export)
+    check = module_of(engine).check
+    more = {"lora_rank": RANK, "merge_adapter": True} if engine == "lora" else {}
+    more["export_to"] = str(folder / f"{engine}-{tp_size}")
+    config = make_config_of(folder, tp_size, dp_size, **more)
     setting = ""
     for _ in range(2):
         try:
@@ -86,12 +105,16 @@ def accept(engine: str, folder: Path, tp_size: int, dp_size: int):
     return None, said.replace(str(folder / "model"), "MODEL")
 
 
+def module_of(engine: str):
+    return import_module(f"tp2d_lib.{'fsdp' if engine == 'lora' else engine}")
+
+
 def train(engine: str, config) -> tuple[list, float]:
     """Run by every rank: losses and norms, and how far attention looks ahead."""
     from tp2d_lib.mesh import build_mesh
 
     mesh = build_mesh(config.dp_size, config.tp_size)
-    built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
+    built = module_of(engine).build_engine(config, mesh)
     ahead = looks_ahead(built, config)
     batches = share_of(steps_of(), mesh, config.batch_size_per_gpu)
     trained = [tuple(map(float, built.step(batch))) for batch in batches]
@@ -114,9 +137,10 @@ def looks_ahead(engine, config) -> float:
     return abs(losses[1] - losses[0]) / losses[0]
 
 
-def compare(folder: Path, config, answers: list) -> str:
+def compare(engine: str, folder: Path, config, answers: list) -> str:
     """What differs from one process: losses, norms, weights; "" if nothing does."""
-    losses, norms, weights = torch.load(folder / "reference.pt", weights_only=False)
+    file = folder / f"{engine}.pt"
+    losses, norms, weights = torch.load(file, weights_only=False)
     for trained, ahead in answers:
         got = torch.tensor(trained, dtype=torch.float64).T
         for what, ours, theirs, rtol in (

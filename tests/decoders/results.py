@@ -11,6 +11,7 @@ MARK = "<!-- decoders -->\n"
 CELLS = {
     ("fsdp", 1): "FSDP2 tp 1",
     ("fsdp", 2): "FSDP2 tp 2",
+    ("lora", 2): "FSDP2 tp 2, LoRA",
     ("autotp", 1): "AutoTP tp 1",
     ("autotp", 2): "AutoTP tp 2",
 }
@@ -18,7 +19,8 @@ INTRODUCTION = """\
 Every causal decoder of transformers {transformers}, made tiny (two layers, hidden size
 64, a vocabulary of 509) and trained on two ranks of one machine with torch {torch} and
 DeepSpeed {deepspeed}. *equal*: losses, gradient norms and every weight equal those of
-one process, with the setting beside it where the default is refused. Anything else is
+one process, with the setting beside it where the default is refused. In the column
+LoRA, adapters are trained beside all linear layers that tp shards. Anything else is
 refused in the driver, before a worker starts, with the sentence quoted. What is not
 sharded is computed in full on every tp rank. `make test-decoders` writes this table.
 

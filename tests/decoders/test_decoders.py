@@ -14,7 +14,7 @@ from tests.decoders.results import CELLS, Result
 
 pytestmark = pytest.mark.decoders
 # FSDP2's ranks serve both meshes; DeepSpeed keeps the first that a process had.
-GROUPS = [[("fsdp", 1), ("fsdp", 2)], [("autotp", 1)], [("autotp", 2)]]
+GROUPS = [[("fsdp", 1), ("fsdp", 2), ("lora", 2)], [("autotp", 1)], [("autotp", 2)]]
 
 
 def last_line(error: BaseException) -> str:
@@ -55,7 +55,8 @@ def observe(groups, name: str, folder, result: Result) -> None:
             return f"refused: {said}" if is_sentence else f"wrong: {said}"
         try:
             answers = groups.run(group, 2, ranks.train, cell[0], config)
-            differs = groups.run(f"{group} compared", 1, *compare, config, answers)[0]
+            named = (cell[0], folder, config, answers)
+            differs = groups.run(f"{group} compared", 1, ranks.compare, *named)[0]
         except Exception as error:
             differs = f"fails in the workers: {last_line(error)}"
         if differs:
@@ -66,7 +67,6 @@ def observe(groups, name: str, folder, result: Result) -> None:
         for cell in cells:
             result.cells[cell] = train(cell, str(cells))
 
-    compare = ranks.compare, folder
     with ThreadPoolExecutor() as threads:
         list(threads.map(train_all, GROUPS))
 

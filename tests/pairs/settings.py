@@ -39,6 +39,7 @@ OWN = {
         "reshard_after_forward": [True, False],
         "sequence_parallel": ["auto", "never", "always"],
         "async_checkpoint": [False, True],
+        "lora_rank": [0, 3],
     },
     "autotp": {
         "zero_stage": [1, 2, 3, 0],
@@ -95,6 +96,7 @@ def settings_of(case: Case) -> dict:
         "device": "cpu",
         "learning_rate": learning_rate(case),
         "eval_every": int(case["held_out"] != "nothing"),
+        "merge_adapter": case.get("lora_rank", 0) > 0,
         "eval_fraction": 0.2 if case["held_out"] == "fraction" else 0.0,
         **PRECISIONS[case["precision"]],
     }

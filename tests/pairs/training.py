@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.support import reference
+from tests.support import lora, reference
 from tests.support.parity import the_mesh
 from tp2d_lib import data
 from tp2d_lib.model.optimizer import build_optimizer
 from tp2d_lib.run import evaluate
 
+SCALE = 2.0  # of adapters, where lora_alpha is left out
 STEPS = 3  # two before the checkpoint, and one after it
 FROZEN = {"nothing": "(nothing)", "embedding": "embed_tokens", "layer": ".layers.0."}
 
@@ -26,7 +27,8 @@ FROZEN = {"nothing": "(nothing)", "embedding": "embed_tokens", "layer": ".layers
 def freeze(model, config, *, frozen: str, **options):
     """Leave a part of the model as it is, as a recipe of docs/recipes.md does."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(FROZEN[frozen] not in name)
+        if FROZEN[frozen] in name:
+            parameter.requires_grad_(False)
     return build_optimizer(model, config, **options)
 
 
@@ -108,10 +110,28 @@ def expected(config, frozen: str) -> tuple[list, list, dict, float | None]:
         loss_of=summed,
         trains=lambda name: FROZEN[frozen] not in name,
         after_step=after_step,
+        adapt=partial(adapt, config=config, frozen=frozen),
         # Masters in bfloat16 lose updates that are small beside a weight.
         dtype=torch.float32,
     )
+    if config.lora_rank:
+        weights = merged(weights)
     return losses, norms, weights, next(iter(held_out), None)
+
+
+def adapt(model, config, frozen: str) -> None:
+    """Add adapters, of which those of a frozen layer are frozen too."""
+    if config.lora_rank:
+        lora.add(model, lora.linear_layers(model), config.lora_rank, SCALE)
+        freeze(model, config, frozen=frozen)
+
+
+def merged(weights: dict) -> dict:
+    """With adapters added; where rounding decides about one, that says nothing."""
+    found = lora.merged(weights, SCALE)
+    for name, weight in found.items():
+        weight.settled = getattr(weights[name], "settled", torch.ones_like(weight) > 0)
+    return found
 
 
 def documents(micro: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -28,6 +28,7 @@ def train(
     loss_of: Callable = summed,
     trains: Callable = lambda name: True,
     after_step: Callable = lambda step, model: None,
+    adapt: Callable = lambda model: None,
     dtype: torch.dtype = torch.float32,
 ):
     """Losses, gradient norms and final weights, on which rounding has little effect.
@@ -38,8 +39,9 @@ def train(
 
     ``steps`` holds, for each optimizer step, a list of micro-batches, each a pair
     ``(input_ids, labels)`` of shape (rows, seq); the rows of all dp ranks are in it.
-    ``trains`` says by its name whether a parameter does; ``dtype`` is that of the
-    weights, of their gradients and of the optimizer.
+    ``trains`` says by its name whether a parameter does; ``adapt`` changes the model
+    before that is trained; ``dtype`` is that of the weights, of their gradients and of
+    the optimizer.
     """
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).train()
@@ -48,6 +50,7 @@ def train(
         own = dict(AutoModelForCausalLM.from_config(model.config).named_parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(own[name].requires_grad and trains(name))
+    adapt(model)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     update = OPTIMIZERS.get(optimizer, optimizer)(trained.values())
     losses, norms = [], []

@@ -97,6 +97,13 @@ def check_precision(config: TrainConfig) -> None:
             "because DeepSpeed's zero_hpz_partition_size mistakes tp ranks for dp "
             "ranks; try dp_replicate_size=1"
         )
+    if config.lora_rank:
+        # They replace linear layers by their own, which take no matrix beside them.
+        raise ConfigError(
+            f"lora_rank={config.lora_rank} works with FSDP2 only, because DeepSpeed's "
+            "tensor-parallel layers hold one weight each; try train_fsdp.py, or "
+            "lora_rank=0"
+        )
     if config.nonfinite == "skip" and config.zero_stage == 0:
         raise ConfigError(
             "nonfinite='skip' cannot be combined with zero_stage=0, which updates "

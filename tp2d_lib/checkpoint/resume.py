@@ -16,6 +16,7 @@ from tp2d_lib.model import identity
 
 # Compared first: clearer messages.
 EQUAL = ("optimizer", "decay", "seed", "seq_length", "pack")
+EQUAL += ("lora_rank", "lora_alpha", "lora_target_modules")
 COMPARED = ("model_name", "model_revision", "prepared_data")  # by content, see `about`
 PLACES = (  # where things are, and who does them: no part of what is computed
     "run_name",
@@ -26,6 +27,7 @@ PLACES = (  # where things are, and who does them: no part of what is computed
     "num_workers",
     "export_to",
     "export_dtype",
+    "merge_adapter",
 )
 LIBRARIES = ("torch", "transformers", "deepspeed")  # whose versions are recorded
 

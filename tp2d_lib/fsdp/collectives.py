@@ -74,3 +74,4 @@ AllReduce = differentiable(all_reduce, same)
 SumGradient = differentiable(same, all_reduce)
 # Over the features: what follows, and so the gradient, is the same on every rank.
 GatherColumns = differentiable(partial(all_gather, dim=2), own_columns)
+SplitColumns = differentiable(own_columns, partial(all_gather, dim=2))

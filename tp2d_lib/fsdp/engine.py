@@ -28,13 +28,13 @@ from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import build_dataloader, valid_tokens
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
 from tp2d_lib.fsdp.optimizer import global_grad_norm
-from tp2d_lib.fsdp.plan import STYLES, parallelize
+from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
 from tp2d_lib.fsdp.whole import describe
 from tp2d_lib.mesh import build_mesh, patient_group, split_dp
-from tp2d_lib.model import determinism, exports, weights
+from tp2d_lib.model import determinism, exports, lora, weights
 from tp2d_lib.model.attention import attend_causally, model_inputs
-from tp2d_lib.model.blocks import shardable
+from tp2d_lib.model.blocks import STYLES, shardable
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 from tp2d_lib.model.optimizer import build_optimizer, settings_kept
@@ -114,6 +114,7 @@ def build_engine(
     dtype, _ = models.pick_dtype(config, mesh.device_type)
     gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
+    lora.store_base(model, gathered)
     stream = residual_stream(model, config)
     # The same dropout on all tp ranks if they hold the same hidden states.
     which = dist.get_rank() if stream.is_shard() else mesh["dp"].get_local_rank()
@@ -198,8 +199,9 @@ class FSDPEngine:
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def state_dict(self) -> dict:
+        held = lora.trained if self.config.lora_rank else weights.own_state
         return {
-            "model": weights.own_state(self.model),
+            "model": held(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             f"rng{dist.get_rank()}": rng.states(self.device),  # each rank its own
         }

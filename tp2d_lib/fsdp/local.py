@@ -24,6 +24,7 @@ from tp2d_lib.fsdp.collectives import (
     AllReduce,
     GatherColumns,
     ReduceScatter,
+    SplitColumns,
     SumGradient,
 )
 
@@ -51,12 +52,12 @@ def equivalent(style: ParallelStyle) -> ParallelStyle | None:
         return OnShards()
     if kind is ColwiseParallel and style.use_local_output:
         gather = GatherColumns if style.output_layouts == (Replicate(),) else None
-        return OnShards(gather, weight=0, bias=0)
+        return OnShards(gather, weight=0, bias=0, lora_B=0)
     if kind is RowwiseParallel:
         is_split = style.output_layouts == (Shard(1),)
         add = ReduceScatter if is_split else AllReduce
         has_parts = style.input_layouts == (Shard(-1),)
-        return OnShards(add, weight=1) if has_parts else OnRows(style, add)
+        return OnRows(add, None if has_parts else SplitColumns)
     return style if kind is ColwiseParallel else None
 
 
@@ -113,19 +114,22 @@ class OnShards(OnPlainTensors):
     Args:
         communicate: what is done with the outputs. Where they are parts of a sum, a
             replicated bias is shared out among the parts.
+        split: what is done with the input.
         same: whether every rank computes the same from the same inputs.
         dims: by name of a parameter, the dimension it is sharded over. Others are
             replicated, and their gradients, unless they are the ``same``, are each of
-            a share of the positions or of the heads, and summed over tp.
+            a share of the positions or features, and summed over tp.
     """
 
     def __init__(
         self,
         communicate: type[torch.autograd.Function] | None = None,
+        split: type[torch.autograd.Function] | None = None,
         same: bool = False,
         **dims: int,
     ):
-        self.communicate, self.same, self.dims = communicate, same, dims
+        self.communicate, self.split = communicate, split
+        self.same, self.dims = same, dims
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -142,8 +146,9 @@ class OnShards(OnPlainTensors):
                     shards[name] = parameter.to_local()
                     continue
                 shards[name] = parameter.to_local(grad_placements=summed)
-                if is_part:
+                if is_part and name == "bias":
                     shards[name] = shards[name] / mesh.size()
+            x = self.split.apply(x, group) if self.split else x
             out = compute(module, shards, x)
             return self.communicate.apply(out, group) if self.communicate else out
 
@@ -152,21 +157,22 @@ class OnShards(OnPlainTensors):
 
 
 class OnRows(OnPlainTensors):
-    """Look tokens up in this rank's rows of an embedding; those of others count as 0.
+    """Sum what each rank computes: of its input features, or of its tokens.
 
-    Args:
-        style: for a linear layer, of whose input each rank takes its own features.
-        communicate: sums what the ranks have found.
+    An embedding is looked up in this rank's rows; tokens of others count as 0.
     """
 
     def __init__(
-        self, style: RowwiseParallel, communicate: type[torch.autograd.Function]
+        self,
+        communicate: type[torch.autograd.Function],
+        split: type[torch.autograd.Function] | None,
     ):
-        self.style, self.communicate = style, communicate
+        self.communicate, self.split = communicate, split
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Embedding):
-            return self.style._apply(module, mesh)
+            rows = OnShards(self.communicate, self.split, weight=1, lora_A=1)
+            return rows._apply(module, mesh)
         module.weight = shard(module.weight, mesh, Shard(0))
         rows = len(module.weight.to_local())
         first = mesh.get_local_rank() * -(-len(module.weight) // mesh.size())

@@ -21,16 +21,7 @@ from torch.distributed.tensor.parallel import (
 from tp2d_lib.fsdp.local import OnShards, on_local_shards
 from tp2d_lib.fsdp.whole import ComputeWhole, keys_of, parent, parts_left_whole
 from tp2d_lib.model import PlanError, decoder_layers
-from tp2d_lib.model.blocks import is_norm, shardable
-
-STYLES = {  # what a module of a block may be published as
-    "colwise",
-    "colwise_gather_output",
-    "rowwise",
-    "rowwise_split_input",
-    "replicated_with_grad_allreduce",
-    "norm_of_all",
-}
+from tp2d_lib.model.blocks import STYLES, is_norm, shardable
 
 
 def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict:

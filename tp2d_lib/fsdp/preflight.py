@@ -6,11 +6,11 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tp2d_lib.config import ConfigError, TrainConfig
-from tp2d_lib.fsdp.plan import STYLES, tensor_parallel_plan
+from tp2d_lib.fsdp.plan import tensor_parallel_plan
 from tp2d_lib.fsdp.whole import ComputeWhole, parts_left_whole
 from tp2d_lib.model import PlanError, decoder_layers, headers
 from tp2d_lib.model.attention import needs_no_mask
-from tp2d_lib.model.blocks import shardable
+from tp2d_lib.model.blocks import STYLES, shardable
 
 
 def check(config: TrainConfig, plan: bool = False) -> TrainConfig:

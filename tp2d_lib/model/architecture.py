@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from tp2d_lib.config import ConfigError, TrainConfig, first_line
+from tp2d_lib.model import lora
+from tp2d_lib.model.blocks import STYLES, shardable
 from tp2d_lib.model.files import ADAPTER, check_merged
 from tp2d_lib.model.hub import refused
 
@@ -82,6 +84,8 @@ def pick_dtype(config: TrainConfig, device_type: str) -> tuple[torch.dtype, str]
 def build_empty_model(config: TrainConfig) -> nn.Module:
     """The model with shapes but no storage: every parameter is on ``meta``.
 
+    With ``lora_rank`` it has adapters, and nothing else of it is trained.
+
     Raises:
         ConfigError: it lacks the attention that is asked for, or a library does.
     """
@@ -101,6 +105,8 @@ def build_empty_model(config: TrainConfig) -> nn.Module:
             f"attn_implementation={chosen!r} must be one that {hf.model_type} has and "
             f"that is installed ({first_line(error)}); try omitting it"
         ) from error
+    if config.lora_rank:
+        lora.add(model, shardable(model, STYLES), config)
     return model.train()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Set
 
 from torch import nn
 
+from tp2d_lib.model.lora import LoRALinear
+
 COLUMNS = {
     *("q_proj", "k_proj", "v_proj"),
     *("gate_proj", "up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h"),
@@ -16,6 +18,14 @@ COLUMNS = {
 ROWS = {
     *("o_proj", "out_proj", "Wo"),
     *("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"),
+}
+STYLES = {  # what FSDP2's plan can do with a module of a block
+    "colwise",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_split_input",
+    "replicated_with_grad_allreduce",
+    "norm_of_all",
 }
 ATTENTION = {"q_proj", "k_proj", "v_proj"}
 ANY_HEADS = "-1, self.head_dim"  # attention that works on the heads that it is given
@@ -61,7 +71,8 @@ def shardable(model: nn.Module, known: Set[str]) -> dict[str, str]:
 
 def styles_by_name(block: nn.Module) -> dict[str, str]:
     """The styles of a block that publishes none, but names its layers as usual."""
-    linear = {n: m for n, m in block.named_children() if type(m) is nn.Linear}
+    kinds = (nn.Linear, LoRALinear)
+    linear = {n: m for n, m in block.named_children() if type(m) in kinds}
     columns, rows = linear.keys() & COLUMNS, linear.keys() & ROWS
     if not columns or len(rows) != 1 or len(linear) != len(columns) + 1:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,10 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tp2d_lib import store
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import headers
+from tp2d_lib.model import headers, lora
 from tp2d_lib.model.architecture import build_empty_model
 from tp2d_lib.model.files import INDEX, SINGLE, SMALL, present_directory
 
+WEIGHTS = re.compile(r"model.*\.safetensors|adapter_(model|config)\.")
 TYPE_KEYS = ("dtype", "torch_dtype")  # of config.json; the second until transformers 4
 
 
@@ -39,8 +41,13 @@ def export(
     if dist.get_rank() == 0:
         clear(partial)
     dist.barrier()
-    state = {k: tensor.to(dtype) for k, tensor in headers.own_state(model).items()}
-    state = revert_weight_conversion(build_empty_model(config), state)
+    adapters_only = config.lora_rank and not config.merge_adapter
+    if adapters_only:
+        state = lora.for_peft(model)
+    else:
+        state = headers.own_state(model) | lora.merged(model)
+        state = revert_weight_conversion(build_empty_model(config), state)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     writer = HuggingFaceStorageWriter(
         str(partial), save_distributed=True, enable_consolidation=True
     )
@@ -49,11 +56,15 @@ def export(
         shutil.rmtree(partial / "sharded")
         (partial / INDEX).unlink()
         (written,) = partial.glob("*.safetensors")
-        written.rename(partial / SINGLE)
-        copy_files(config, partial, dtype)
+        written.rename(partial / (lora.FILE if adapters_only else SINGLE))
+        if adapters_only:
+            lora.write_description(model, config, partial)
+        else:
+            copy_files(config, partial, dtype)
         publish(partial, directory)
     dist.barrier()
-    return description(directory, dtype, torch.float32)
+    said = description(directory, dtype, torch.float32)
+    return f"{said}: adapters, without the model" if adapters_only else said
 
 
 def export_gathered(
@@ -78,9 +89,14 @@ def export_gathered(
 
 
 def type_of(config: TrainConfig) -> torch.dtype:
-    """The type of an export's weights: as requested, or that of most in the source."""
+    """The type of an export's weights: as requested, or that of most in the source.
+
+    Adapters have float32, in which they were trained.
+    """
     if config.export_dtype != "auto":
         return getattr(torch, config.export_dtype)
+    if config.lora_rank and not config.merge_adapter:
+        return torch.float32
     sizes = Counter()
     for tensor in headers.read_files(present_directory(config), config).values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
@@ -151,14 +167,15 @@ def publish(partial: Path, directory: Path | store.RemotePath) -> None:
     """Make a complete export the content of its folder, where other files stay.
 
     At every moment the folder holds a whole model or none: the file that
-    ``from_pretrained`` begins with is deleted first and arrives last.
+    ``from_pretrained`` begins with is deleted first and arrives last. Of an earlier
+    export only what is no weight may stay: it might be loaded with the new ones.
     """
     if isinstance(directory, Path) and not directory.exists():
         partial.rename(directory)
         return
-    earlier = fnmatch.filter(store.names(directory), "model*.safetensors*")
+    earlier = [name for name in store.names(directory) if WEIGHTS.match(name)]
     for name in sorted(earlier, key=is_first, reverse=True):
-        (directory / name).unlink()  # else it might be loaded with the new ones
+        (directory / name).unlink()
     for name in sorted(store.files(partial), key=is_first):
         if isinstance(directory, Path):
             (directory / name).parent.mkdir(exist_ok=True)
@@ -170,4 +187,4 @@ def publish(partial: Path, directory: Path | store.RemotePath) -> None:
 
 def is_first(name: str) -> bool:
     """Whether ``from_pretrained`` looks for this file before all others."""
-    return name in ("model.safetensors", "model.safetensors.index.json")
+    return name in (SINGLE, INDEX, lora.DESCRIPTION)

@@ -29,6 +29,7 @@ from tp2d_lib.model.files import (
     weight_files,
 )
 from tp2d_lib.model.hub import errors_explained
+from tp2d_lib.model.lora import is_adapter
 
 FLOATS = {  # types that a weight may be stored in
     "F64": torch.float64,
@@ -147,13 +148,20 @@ def match(
 
 
 def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors by name; a tied weight once, under its first name."""
+    """The model's tensors by name, as files have them, without adapters.
+
+    A tied weight is there once, under its first name.
+    """
     second_names = {
         second
         for second, first in model.all_tied_weights_keys.items()
         if model.get_parameter(second) is model.get_parameter(first)
     }
-    return {k: v for k, v in model.state_dict().items() if k not in second_names}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in second_names and not is_adapter(name)
+    }
 
 
 def check_tied(model: nn.Module, names: dict[str, str], config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.model import headers
+from tp2d_lib.model import headers, lora
 from tp2d_lib.model.architecture import build_empty_model
 from tp2d_lib.model.files import model_directory, weight_files
 from tp2d_lib.model.guards import check_finite
@@ -56,6 +56,7 @@ def load_pretrained(
     reader = WeightsReader(directory, weight_files(directory, config))
     dcp.load(wanted, storage_reader=reader)
     check_finite(wanted, directory)
+    lora.initialize(model, config)
 
 
 def check_complete(missing: set[str], directory: Path) -> None:

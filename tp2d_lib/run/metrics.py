@@ -26,22 +26,24 @@ from tp2d_lib.run import gpus, health
 def flops_per_token(model: nn.Module, seq_length: int) -> float:
     """Floating-point operations to train on one token.
 
-    6 N for N parameters, embedding counted once as the head, and
-    12 * layers * heads * head_dim * seq_length for attention: PaLM (arXiv:2204.02311),
-    appendix B. Of experts, those that a token visits are counted; recomputation by
-    activation checkpointing is not.
+    6 N for N parameters, 4 N for those that are not trained, embedding counted once as
+    the head, and 12 * layers * heads * head_dim * seq_length for attention: PaLM
+    (arXiv:2204.02311), appendix B. Of experts, those that a token visits are counted;
+    recomputation by activation checkpointing is not.
     """
     hf = model.config.get_text_config()
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    weights = sum(p.numel() for p in model.parameters())
+    named = dict(model.named_parameters())
+    flops = {n: (6 if p.requires_grad else 4) * p.numel() for n, p in named.items()}
+    share = share_of_experts(hf)
+    products = sum(n * (share if ".experts." in k else 1) for k, n in flops.items())
     if not hf.tie_word_embeddings:  # an embedding looks up and does not multiply
-        weights -= model.get_input_embeddings().weight.numel()
-    experts = [p.numel() for n, p in model.named_parameters() if ".experts." in n]
-    weights -= sum(experts) * (1 - share_of_experts(hf))
+        embedding = model.get_input_embeddings().weight
+        products -= next(flops[k] for k, p in named.items() if p is embedding)
     attention = (
         12 * hf.num_hidden_layers * hf.num_attention_heads * head_dim * seq_length
     )
-    return 6 * weights + attention
+    return products + attention
 
 
 def share_of_experts(hf: PretrainedConfig) -> float:

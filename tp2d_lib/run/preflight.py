@@ -39,7 +39,8 @@ def check(
     storage.check(config)
     names = headers.check(model, stored, config)
     each = 12 if config.optimizer == "adamw" else 4  # float32, and AdamW's two moments
-    storage.check_space(config, each * sum(p.numel() for p in model.parameters()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    storage.check_space(config, each * trained)
     resume.check_engine(engine, config)
     if "documents" in (data.check(config), evaluate.check(config)):
         attention.check_documents(model, config)
