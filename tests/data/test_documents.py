@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.data.test_rows import refuse
 from tests.support.chats import STYLES, rows_of, trained_parts
 from tests.support.texts import write_lines
 from tp2d_lib import data
 from tp2d_lib.config import ConfigError
+from tp2d_lib.data.encode import Encoder
 
 END = "<|im_end|>"
 SAYS = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
@@ -455,3 +456,32 @@ def test_any_record_makes_rows_or_a_sentence(wild_model, records, parses):
     assert "; try " in said
     assert "\n" not in said
     assert rows is None or (rows.lengths > 1).all()
+
+
+class Louder(PreTrainedTokenizerFast):
+    """Does more than its backend, as CPM's does."""
+
+    def __call__(self, text, *args, **kwargs):
+        texts = [text] if isinstance(text, str) else text
+        return super().__call__([each.upper() for each in texts], *args, **kwargs)
+
+
+@pytest.mark.parametrize("parses", [True, False])
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Louder])
+def test_texts_become_what_the_tokenizers_call_returns(demo_paths, parses, kind):
+    tokenizer = kind.from_pretrained(demo_paths[0])
+    tokenizer.backend_tokenizer.enable_truncation(3)  # as some files say
+    special = tokenizer.eos_token
+    texts = [
+        "one two",
+        f"{special} a{special}b",
+        "äöü 漢字 \U0001f600",
+        " ",
+        "x" * 5000,
+    ]
+    asked = tokenizer(texts, split_special_tokens=not parses)["input_ids"]
+    found = Encoder(tokenizer, "assistant", parses, None)(texts)
+    end = tokenizer.eos_token_id
+    for ids, (got, trained) in zip(asked, found, strict=True):
+        assert got == ids + [end] * (ids[-1:] != [end])
+        assert trained is None

@@ -54,6 +54,7 @@ class Encoder:
     def __init__(self, tokenizer, train_on: str, parses: bool, day: date | None):
         self.tokenizer, self.train_on = tokenizer, train_on
         self.parses, self.day = parses, day
+        self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.templates: dict[bool, Template] = {}
 
     def __call__(self, documents: list[Document]) -> list[Encoded]:
@@ -85,7 +86,7 @@ class Encoder:
         written = list(map(self.write, documents))
         "".join(text for text, _ in written).encode()  # raises for half a character
         if all(isinstance(document, str) for document in documents):
-            found = self.tokenizer(documents, **self.how(TEXT))["input_ids"]
+            found = self.plain(documents)
             limits = map(self.ends, found)
             return [
                 Encoded(ids[start:] + ends)
@@ -113,6 +114,21 @@ class Encoder:
                 trained[-1] = True  # the end, also where the text has it
             encoded.append(Encoded(ids, trained))
         return encoded
+
+    def plain(self, texts: list[str]) -> list[list[int]]:
+        """What the tokenizer's own call returns as ``input_ids``, in less time.
+
+        The call also finds out where each token is in its text. The first text goes
+        both ways, because a tokenizer's class may do more than its backend.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not self.parses
+        found = [each.ids for each in backend.encode_batch_fast(texts)]
+        if found[:1] == self.tokenizer(texts[:1], **self.how(TEXT))["input_ids"]:
+            return found
+        return self.tokenizer(texts, **self.how(TEXT))["input_ids"]
 
     def write(self, document: Document) -> tuple[str, list[Span]]:
         """A document's text, with marks where it is forged, and the trained spans."""
@@ -158,9 +174,9 @@ class Encoder:
 
         A text may hold the tokens that the tokenizer puts around it.
         """
-        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        is_twice = self.parses and begin is not None and ids[:2] == [begin, begin]
-        return int(is_twice), [] if ids[-1:] == [end] else [end]
+        twice = [self.begin] * 2
+        is_twice = self.parses and self.begin is not None and ids[:2] == twice
+        return int(is_twice), [] if ids[-1:] == [self.end] else [self.end]
 
 
 def pieces_of(text: str) -> Iterator[Piece]:

@@ -119,13 +119,16 @@ def is_table(value: object) -> bool:
 
 def parse(text: str, place: str) -> object:
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON ({first_line(error)})") from error
 
 
 def refuse_constant(name: str):
     raise ValueError(f"{name} is no number of JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def object_of(value: object, place: str) -> dict:
