@@ -99,11 +99,8 @@ def build_parser(engine: str, description: str) -> argparse.ArgumentParser:
         metavar="N",
         help="print memory and traffic on every mesh of N ranks, then exit",
     )
-    parser.add_argument(
-        "--pip",
-        metavar="FILE",
-        help="requirements that Ray installs for the workers, on every node",
-    )
+    pip = "requirements that Ray installs for the workers, on every node"
+    parser.add_argument("--pip", metavar="FILE", help=pip)
     for name, (kind, metavar, text) in PLAN.items():
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     others = tuple(text for name, text in ONLY.items() if name != engine)
@@ -170,11 +167,10 @@ def read_config(given: dict[str, Any]) -> TrainConfig:
     values |= file | given
     if "tp_size" not in values:
         raise ConfigError("tp_size must be given: ranks that share each layer; try 2")
-    if run is not None:
-        values["run_name"] = run
-    config = TrainConfig(**values)
-    if run is not None:
-        check_run_exists(config)
+    if run is None:
+        return TrainConfig(**values)
+    config = TrainConfig(**values | {"run_name": run})
+    check_run_exists(config)
     return config
 
 

@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tp2d_lib.autotp.engine
+import tp2d_lib.autotp.step
 import tp2d_lib.fsdp.engine
 import tp2d_lib.fsdp.plan
+import tp2d_lib.fsdp.step
 from tests.support.models import write_model
 from tp2d_lib import autotp, data
 from tp2d_lib.cost import comm
@@ -17,6 +19,7 @@ from tp2d_lib.mesh import build_mesh
 from tp2d_lib.presets import build_config
 
 ENGINES = {"fsdp": tp2d_lib.fsdp.engine, "autotp": tp2d_lib.autotp.engine}
+STEPS = {"fsdp": tp2d_lib.fsdp.step, "autotp": tp2d_lib.autotp.step}
 NOT_CLIPPED = 1e9
 TIES = """    if tied:  # parallelize_module turned one parameter into two
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -44,10 +47,10 @@ def edited(module, names: tuple[str, ...], old: str, new: str) -> dict:
 
 def steps(engine: str, config, *edit) -> list[tuple[float, float]]:
     """Losses and gradient norms of three steps, run by every rank."""
-    module = ENGINES[engine]
-    train_step = edited(module, *edit)["train_step"] if edit else module.train_step
+    step = STEPS[engine]
+    train_step = edited(step, *edit)["train_step"] if edit else step.train_step
     mesh = build_mesh(config.dp_size, config.tp_size, "cpu")
-    built = module.build_engine(config, mesh, train_step=train_step)
+    built = ENGINES[engine].build_engine(config, mesh, train_step=train_step)
     loader = iter(data.build_dataloader(config, mesh))
     done = [built.step(next(loader)) for _ in range(3)]
     return [(float(loss), float(norm)) for loss, norm in done]

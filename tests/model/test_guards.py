@@ -23,7 +23,7 @@ def tampered_step(config, factor):
     """Run by every rank: a norm whose gradient one tp rank sees differently."""
     from tp2d_lib.data import build_dataloader
     from tp2d_lib.fsdp import build_engine
-    from tp2d_lib.fsdp.engine import forward_backward
+    from tp2d_lib.fsdp.step import forward_backward
     from tp2d_lib.mesh import build_mesh
 
     mesh = build_mesh(config.dp_size, config.tp_size)

@@ -201,17 +201,15 @@ class Template:
         for header in self.headers:
             if header and header in before:
                 starts.append(before.rfind(header) + len(header))
-        starts = sorted(
-            (n for n in starts if text.startswith(before[:n])), reverse=True
-        )
+        start = max((n for n in starts if text.startswith(before[:n])), default=None)
         size = len(text) - len(after)
         is_whole = found and HERE not in after and text.endswith(after)
-        if not is_whole or not starts or starts[0] > size:
+        if not is_whole or start is None or start > size:
             raise ValueError(
                 "it writes a turn of the assistant in another way where it has other "
                 "words; try train_on='all', or a template with {% generation %}"
             )
-        return starts[0], len(text[:size].rstrip())
+        return start, len(text[:size].rstrip())
 
     def as_text(self, found: re.Match) -> str:
         """A token with marks; in two parts, where no setting splits it."""

@@ -25,72 +25,21 @@ from tp2d_lib import model as models
 from tp2d_lib import store
 from tp2d_lib.checkpoint import rng
 from tp2d_lib.config import TrainConfig
-from tp2d_lib.data import build_dataloader, valid_tokens
+from tp2d_lib.data import build_dataloader
 from tp2d_lib.fsdp.files import HashingWriter, PlainReader, copying_stager
-from tp2d_lib.fsdp.optimizer import global_grad_norm
 from tp2d_lib.fsdp.plan import parallelize
 from tp2d_lib.fsdp.preflight import check_precision, residual_stream
+from tp2d_lib.fsdp.step import forward, train_step
 from tp2d_lib.fsdp.whole import describe
 from tp2d_lib.mesh import build_mesh, patient_group, split_dp
 from tp2d_lib.model import determinism, exports, lora, weights
-from tp2d_lib.model.attention import attend_causally, model_inputs
+from tp2d_lib.model.attention import attend_causally
 from tp2d_lib.model.blocks import STYLES, shardable
 from tp2d_lib.model.chunks import compute_loss_in_chunks
 from tp2d_lib.model.guards import check_replicated_gradients
 from tp2d_lib.model.optimizer import build_optimizer, settings_kept
 
 CPU = torch.device("cpu")
-
-
-def train_step(
-    engine: FSDPEngine, batch: list[dict[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over the micro-batches of a global batch.
-
-    Returns the loss, a mean over the valid tokens of the global batch, and the gradient
-    norm before clipping: 0-d tensors, the same on every rank.
-    """
-    dp_group = engine.mesh.get_group("dp")
-    valid = valid_tokens(batch).to(engine.device, non_blocking=True)
-    dist.all_reduce(valid, group=dp_group)  # over the global batch
-    valid.clamp_(min=1)  # none, perhaps, in rows that are not trained on
-    loss = torch.zeros((), device=engine.device)
-    for micro in batch:
-        loss += forward_backward(engine, micro, valid)
-    engine.share = loss.clone()  # to name this dp rank if it is not finite
-    dist.all_reduce(loss, group=dp_group)
-    engine.check_first_gradients()
-    grad_norm = global_grad_norm(engine.model)
-    nn.utils.clip_grads_with_norm_(
-        engine.model.parameters(), engine.config.max_grad_norm, grad_norm
-    )
-    if engine.config.nonfinite == "stop" or grad_norm.isfinite():
-        engine.optimizer.step()
-    engine.optimizer.zero_grad()
-    return loss, grad_norm
-
-
-def forward_backward(
-    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
-) -> torch.Tensor:
-    """Accumulate a micro-batch's gradient; returns this dp rank's share of the loss."""
-    tp_size, dp_size = engine.config.tp_size, engine.config.dp_size
-    with loss_parallel() if tp_size > 1 else nullcontext():  # logits stay sharded
-        loss = forward(engine, micro, valid)
-        (loss * dp_size).backward()  # FSDP averages over dp; we need the sum
-    loss = loss.detach()
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
-
-
-def forward(
-    engine: FSDPEngine, micro: dict[str, torch.Tensor], valid: torch.Tensor
-) -> torch.Tensor:
-    """The summed loss of a micro-batch, divided by ``valid``, a number of tokens."""
-    inputs = model_inputs(engine.model, micro, engine.device)
-    if engine.config.tp_size > 1:  # a rank that holds seq / tp positions infers others
-        whole = torch.arange(micro["input_ids"].shape[1], device=engine.device)[None]
-        inputs.setdefault("position_ids", whole)
-    return engine.model(**inputs, use_cache=False, num_items_in_batch=valid).loss
 
 
 def build_engine(
