@@ -13,7 +13,7 @@ from pathlib import Path
 # So that `scripts` is found when this file is started by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.figures import collectives, house, mesh, sharding, step
+from scripts.figures import collectives, house, lora, mesh, sharding, step
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
@@ -27,6 +27,7 @@ def figures() -> dict[str, str]:
         sharding.two_dimensional,
         step.one_step,
         sharding.fused_weights,
+        lora.lora,
         house.house,
     )
     return {f"{function.__name__}.svg": function().svg() for function in draw}

@@ -24,9 +24,7 @@ def global_grad_norm(model: nn.Module) -> torch.Tensor:
         sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
         copies = prod(size for size, where in sizes if where.is_replicate())
         held_by[copies].append(gradient.to_local())
-    total = sum(
-        nn.utils.get_total_norm(shards).square() / copies
-        for copies, shards in held_by.items()
-    )
+    norms = ((nn.utils.get_total_norm(shards), n) for n, shards in held_by.items())
+    total = sum(norm.square() / copies for norm, copies in norms)
     dist.all_reduce(total)
     return total.sqrt()

@@ -41,10 +41,10 @@ def first_batch(here: SimpleNamespace, config: TrainConfig) -> dict:
     return place | read
 
 
-def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
+def train_plain(config: TrainConfig, steps: int, model=None) -> tuple[list, dict]:
     """Losses and weights of a plain loop in one process, on the same rows."""
     alone = replace(config, tp_size=1, dp_size=1, num_workers=1, batch_size_per_gpu=4)
-    model = AutoModelForCausalLM.from_pretrained(config.model_name)
+    model = model or AutoModelForCausalLM.from_pretrained(config.model_name)
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = kind(model.parameters(), **rates)
@@ -57,6 +57,19 @@ def train_plain(config: TrainConfig, steps: int) -> tuple[list, dict]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, dict(model.named_parameters())
+
+
+def adapt(model_name: str, start: dict[str, torch.Tensor]) -> nn.Module:
+    """A frozen model in one process, with the adapters in ``start`` in its layers."""
+    model = AutoModelForCausalLM.from_pretrained(model_name).requires_grad_(False)
+    for name in [name for name in start if name.endswith(".lora_A")]:
+        layer = model.get_submodule(name.removesuffix(".lora_A"))
+        layer.a = nn.Parameter(start[name])
+        layer.b = nn.Parameter(start[f"{name[:-1]}B"])
+        layer.register_forward_hook(
+            lambda layer, given, out: out + 2 * given[0] @ layer.a.T @ layer.b.T
+        )
+    return model
 
 
 def save_prompt_logits(engine, config: TrainConfig, prompt: str) -> None:
