@@ -186,6 +186,18 @@ def test_another_model_of_the_same_shape_is_refused(config, tmp_path):
         resume.check(moved)
 
 
+def test_adapters_go_on_only_as_they_began(config):
+    write_checkpoint(config, 3)
+    with pytest.raises(ConfigError, match=r"lora_rank=8 must be what .* with, 0; set"):
+        resume.check(replace(config, lora_rank=8))
+    adapted = replace(config, lora_rank=8, run_name="adapted")
+    write_checkpoint(adapted, 3)
+    assert resume.check(replace(adapted, lora_dropout=0.1))
+    for changed in ({"lora_alpha": 4.0}, {"lora_target_modules": "q_proj"}):
+        with pytest.raises(ConfigError, match=f"{min(changed)}=.* must be what"):
+            resume.check(replace(adapted, **changed))
+
+
 def test_a_disk_with_too_little_space_is_found_before_training(config):
     storage.check_space(config, 1000)
     with pytest.raises(ConfigError, match=r"must have at least 1,000,000.0 GB free"):

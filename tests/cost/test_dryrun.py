@@ -27,6 +27,12 @@ CASES = {  # engine, model, (tp_size, dp_size), settings
         (2, 2),
         {"activation_checkpointing": "selective", "pack": "documents"},
     ),
+    "fsdp-lora": (
+        "fsdp",
+        "llama",
+        (2, 2),
+        {"lora_rank": 8, "dtype": "bfloat16", "activation_checkpointing": "full"},
+    ),
     "fsdp-windows": ("fsdp", "gemma3", (1, 4), {}),
     "fsdp-masks": ("fsdp", "gemma2", (2, 2), {}),
     "fsdp-copies": (
