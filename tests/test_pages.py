@@ -1,4 +1,4 @@
-"""What docs/first-run.md and docs/clusters.md tell a reader to run, run."""
+"""What pages of docs/ tell a reader to run, runs, and prints what they say."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
+from scripts import what_fits
+from scripts.gpu import sizes
 from tests.support import reference
 from tp2d_lib import data
 from tp2d_lib.config import TrainConfig
@@ -54,6 +56,18 @@ def test_the_meshes_for_a_7b_model_are_what_the_command_prints(tmp_path):
     minutes = 100e6 / (16 * fastest) / 60
     hours = 1e9 / (16 * fastest) / 3600
     assert f"tokens take {minutes:.0f} minutes, a billion take {hours:.1f}" in text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("way", ["whole", "LoRA"])
+def test_what_fits_on_four_small_gpus_is_what_the_dry_run_says(way, tmp_path):
+    machine = what_fits.MACHINES[1]
+    sizes.write_config("7b", tmp_path)
+    said = what_fits.fitting(tmp_path, "7b", machine, way)
+    table = what_fits.PAGE.read_text().partition(what_fits.MARK)[2]
+    titles, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
+    (row,) = (row for row in rows if row[:2] == ["7B", way])
+    assert row[titles.index(machine.name)] == said
 
 
 def test_the_commands_for_a_7b_model_have_these_flags():
