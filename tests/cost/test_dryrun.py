@@ -8,6 +8,7 @@ import ray
 import torch
 
 from tests.support.models import write_model
+from tests.support.parity import the_mesh
 from tp2d_lib import cli
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import dryrun, meshes, times
@@ -76,13 +77,12 @@ def measure(engine, config):
     from tp2d_lib import autotp, fsdp
     from tp2d_lib.cost import memory
     from tp2d_lib.cost.comm import DP, CommBytes
-    from tp2d_lib.mesh import build_mesh
 
     build, rank_bytes = {
         "fsdp": (fsdp.build_engine, memory.fsdp_rank_bytes),
         "autotp": (autotp.build_engine, memory.autotp_rank_bytes),
     }[engine]
-    mesh = build_mesh(config.dp_size, config.tp_size)
+    mesh = the_mesh(config.dp_size, config.tp_size)
     with memory.LiveBytes() as live:
         built = build(config, mesh)
     generator = torch.Generator().manual_seed(mesh["dp"].get_local_rank())

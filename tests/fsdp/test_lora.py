@@ -27,6 +27,7 @@ from tp2d_lib import autotp, data, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model import build_empty_model
 from tp2d_lib.model.lora import LoRALinear, alpha_of
+from tp2d_lib.model.optimizer import build_optimizer
 from tp2d_lib.run.metrics import flops_per_token
 
 RANK, SCALE = 3, 2.0  # lora_alpha is twice the rank if it is left out
@@ -301,3 +302,34 @@ def test_a_frozen_weight_costs_two_thirds(demo_paths, tmp_path):
     assert attention > 0
     expected = attention + 4 * sizes[False] + 6 * sizes[True]
     assert flops_per_token(model, 128) == pytest.approx(expected)
+
+
+def with_norm(model, config, **options):
+    model.model.norm.weight.requires_grad_(True)
+    return build_optimizer(model, config, **options)
+
+
+def train_norm_too(config, folder):
+    """Run by every rank: what an export says, and whether a checkpoint brings all."""
+    from tp2d_lib.fsdp import build_engine
+    from tp2d_lib.mesh import build_mesh
+
+    mesh = build_mesh(config.dp_size, config.tp_size)
+    engine = build_engine(config, mesh, build_optimizer=with_norm)
+    engine.step(next(iter(data.build_dataloader(config, mesh))))
+    engine.save(f"{folder}/checkpoint")
+    fresh = build_engine(config, mesh, build_optimizer=with_norm)
+    before = fresh.model.model.norm.weight.full_tensor().clone()
+    fresh.load(f"{folder}/checkpoint")
+    norms = (each.model.model.norm.weight.full_tensor() for each in (engine, fresh))
+    moved, loaded = norms
+    assert torch.equal(moved, loaded)
+    assert not torch.equal(moved, before)
+    return engine.export(f"{folder}/out")
+
+
+def test_what_is_trained_besides_adapters_is_kept_and_told(adapted, tmp_path, pools):
+    said = pools(4).run(train_norm_too, adapted, str(tmp_path))[0]
+    assert said.endswith(
+        " and model.norm.weight, which was trained too: try merge_adapter"
+    )

@@ -64,7 +64,7 @@ def export(
         publish(partial, directory)
     dist.barrier()
     said = description(directory, dtype, torch.float32)
-    return f"{said}: adapters, without the model" if adapters_only else said
+    return said + lora.left_out(model) if adapters_only else said
 
 
 def export_gathered(

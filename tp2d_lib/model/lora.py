@@ -142,6 +142,13 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
 
 
+def left_out(model: nn.Module) -> str:
+    """For the user: what an export of adapters does not hold."""
+    others = trained(model).keys() - state(model).keys()
+    more = f" and {min(others, default=None)}, which was trained too: try merge_adapter"
+    return f": adapters, without the model{more * bool(others)}"
+
+
 def for_peft(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters by the names that PEFT gives them."""
     return {f"base_model.model.{k}.weight": t for k, t in state(model).items()}
