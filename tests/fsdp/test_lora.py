@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from tests.fsdp.test_parity import train_on_mesh
 from tests.support import lora, reference
 from tests.support.demo import make_config as make_demo_config
 from tests.support.models import write_model
 from tests.support.parity import (
     MAX_GRAD_NORM,
     assert_weights_equal,
-    make_config,
     make_steps,
-    share_of,
 )
 from tests.test_config import refuse_field
 from tp2d_lib import autotp, data, fsdp
@@ -35,27 +34,6 @@ MODELS = ("qwen2-tied", "llama", "phi3")  # biases; untied; fused weights
 MESHES = [(1, 1), (2, 1), (2, 2), (1, 4)]  # (tp_size, dp_size)
 VARIANTS = [("padded", 2, "sgd"), ("packed", 1, "adamw")]
 LARGE = {"initializer_range": 0.2}  # so that gradients of adapters are no dust
-
-
-def train_on_mesh(model_dir, sizes, variants, storage):
-    """Run by every rank: what reference.train returns, for each variant."""
-    from tp2d_lib.fsdp import build_engine
-    from tp2d_lib.mesh import build_mesh
-
-    mesh = build_mesh(dp_size=sizes[1], tp_size=sizes[0])
-    results = []
-    for variant in variants:
-        config = make_config(model_dir, storage, *sizes, variant, lora_rank=RANK)
-        engine = build_engine(config, mesh)
-        steps = make_steps(*variant[:2])
-        batches = share_of(steps, mesh, config.batch_size_per_gpu)
-        found = [tuple(map(float, engine.step(batch))) for batch in batches]
-        weights = {
-            name: weight.full_tensor().detach()
-            for name, weight in engine.model.named_parameters()
-        }
-        results.append((*map(list, zip(*found, strict=True)), weights))
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +64,8 @@ def references(models):
     ids=str,
 )
 def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path):
-    options = (models[name], mesh, VARIANTS, str(tmp_path))
-    answers = pools(mesh[0] * mesh[1]).run(train_on_mesh, *options)
+    options = ((*mesh, 1), VARIANTS, str(tmp_path), {"lora_rank": RANK})
+    answers = pools(mesh[0] * mesh[1]).run(train_on_mesh, models[name], *options)
     for variant, *ranks in zip(VARIANTS, *answers, strict=True):
         losses, norms, weights = references(name, variant)
         for got in ranks:  # the same numbers on every rank

@@ -26,7 +26,7 @@ VARIANTS = [
 ]
 
 
-def train_on_mesh(model_dir, sizes, variants, storage):
+def train_on_mesh(model_dir, sizes, variants, storage, settings):
     """Run by every rank: what reference.train returns, for each variant."""
     from tp2d_lib.fsdp import build_engine
     from tp2d_lib.mesh import build_mesh
@@ -36,9 +36,8 @@ def train_on_mesh(model_dir, sizes, variants, storage):
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
     results = []
     for variant in variants:
-        config = make_config(
-            model_dir, storage, tp_size, dp_size, variant, dp_replicate_size=copies
-        )
+        settings |= {"dp_replicate_size": copies}
+        config = make_config(model_dir, storage, tp_size, dp_size, variant, **settings)
         engine = build_engine(config, mesh)
         losses, norms = [], []
         steps = make_steps(*variant[:2])
@@ -81,7 +80,7 @@ def test_mesh_equals_one_process(name, mesh, models, references, pools, tmp_path
     variants = VARIANTS if name == "qwen2-tied" else VARIANTS[1:3]
     variants = VARIANTS[2:] if copies > 1 else variants
     answers = pools(tp_size * dp_size).run(
-        train_on_mesh, models[name], mesh, variants, str(tmp_path)
+        train_on_mesh, models[name], mesh, variants, str(tmp_path), {}
     )
     for variant, *ranks in zip(variants, *answers, strict=True):
         expected = references[(name, *variant)]

@@ -260,6 +260,16 @@ def test_adapters_train_as_in_one_process(execute):
     assert int(trained.replace(",", "")) < int(every.replace(",", "")) / 20
 
 
+def test_the_state_of_eight_billion_parameters_is_shared_out(execute):
+    text = printed(execute(FSDP)[0])
+    held = re.findall(r"^ *(\d+) GPUs: +([\d.]+) GB of state", text, re.MULTILINE)
+    assert [(int(n), float(size)) for n, size in held] == [
+        (1, 128.5),
+        (8, 16.1),
+        (64, 2.0),
+    ]
+
+
 def test_bytes_measured_beside_the_formulas(execute):
     text = printed(execute(FSDP)[0])
     ratios = re.findall(r"^(?:dp|tp) +[\d,]+ +[\d,]+ +([\d.]+)$", text, re.MULTILINE)

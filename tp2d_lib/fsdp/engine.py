@@ -63,7 +63,8 @@ def build_engine(
     dtype, _ = models.pick_dtype(config, mesh.device_type)
     gathered = torch.float32 if config.autocast else dtype
     model = models.build_empty_model(config)
-    lora.store_base(model, gathered)
+    if config.lora_rank:
+        lora.store_base(model, gathered)
     stream = residual_stream(model, config)
     # The same dropout on all tp ranks if they hold the same hidden states.
     which = dist.get_rank() if stream.is_shard() else mesh["dp"].get_local_rank()

@@ -76,7 +76,7 @@ def add(model: nn.Module, styles: dict[str, str], config: TrainConfig) -> None:
 
 def store_base(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep what has adapters in the type it is computed in: nothing updates it."""
-    for parameter in model.parameters() if state(model) else ():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
@@ -133,7 +133,7 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters by name; empty without any."""
+    """The adapters by name."""
     return {k: tensor for k, tensor in model.state_dict().items() if is_adapter(k)}
 
 
