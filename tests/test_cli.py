@@ -278,6 +278,7 @@ def test_a_run_that_was_interrupted_ends_exactly(tmp_path, pools):
     written = {e.step: e.value for e in events.Scalars("eval/loss")}
     assert written == pytest.approx(losses)
     assert f"exported to {model} in float32" in out
+    assert f"| 30 | {history[-1]['loss']:.4f} |" in (model / "README.md").read_text()
     write = pipeline("text-generation", model=str(model))
     (answer,) = write("The", min_new_tokens=5, max_new_tokens=5)
     assert len(answer["generated_text"]) > len("The")

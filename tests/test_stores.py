@@ -105,6 +105,7 @@ def test_killed_then_resumed_on_another_mesh_and_exported(
     assert any("events.out" in name for name in store.names(run / "tensorboard"))
     assert not list(disk.rglob("*.pt"))  # what was fetched for a while is deleted
     exported = store.fetch(store.path(out), tmp_path / "exported")
+    assert "# " + Path(out).name in (exported / "README.md").read_text()
     found, expected = weights(exported), weights(tmp_path / "whole")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from tp2d_lib import checkpoint
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.data import BatchLoader
 from tp2d_lib.model.attention import check_apart
-from tp2d_lib.run import health, progress
+from tp2d_lib.run import card, health, progress
 from tp2d_lib.run.evaluate import evaluate
 from tp2d_lib.run.metrics import Metrics
 from tp2d_lib.run.schedule import learning_rate
@@ -89,7 +89,7 @@ def run(
     driver.enter("end", step)
     metrics.close()
     if config.export_to and step == total:
-        driver.notify(engine.export(config.export_to))
+        driver.notify(card.export(engine, config, metrics.history))
         driver.flush()
 
 
