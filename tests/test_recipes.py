@@ -7,8 +7,10 @@ import re
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.demo import make_config
 from tests.support.models import write_model
+from tests.support.parity import MAX_GRAD_NORM
+from tests.support.reference import train
 from tp2d_lib import autotp, data, fsdp
-from tp2d_lib.run import loop
+from tp2d_lib.run import launch, loop
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BLOCKS = re.findall(
@@ -25,6 +29,7 @@ BLOCKS = re.findall(
 )
 COMMON = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
 RECIPES = {"As it is": "", **dict(BLOCKS)}
+STREAM = RECIPES.pop("Rows from Ray Data")  # which has a loop of its own
 STEPS = 10
 
 
@@ -184,7 +189,54 @@ def first_step(config) -> tuple[float, float]:
     return total, norm.item()
 
 
+@pytest.mark.ranks
+@pytest.mark.faults
+def test_rows_from_ray_data_train_as_in_one_process(tmp_path, demo_paths):
+    """On tp 2 x dp 2: the rows that each dp rank got, once each, and the weights."""
+    path, texts = demo_paths[0], tmp_path / "my.jsonl"
+    lines = [f"Document {n} has {n * n} words." for n in range(64)]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    config = make_config((path, str(texts)), tmp_path, 2, 2, max_steps=3)
+    settings = {"optimizer": "sgd", "learning_rate": 0.5, "weight_decay": 0.01}
+    settings |= {"max_grad_norm": MAX_GRAD_NORM, "device": "cpu", "dtype": "float32"}
+    config = replace(config, export_to=str(tmp_path / "out"), **settings)
+    names = {}
+    exec(f"{COMMON}\n{STREAM}", names)
+    build, seen = names["fsdp"].build_engine, str(tmp_path)
+
+    def build_and_record(config, mesh):
+        engine = build(config, mesh)
+        step, batches = engine.step, []
+        file = f"{seen}/{mesh['dp'].get_local_rank()}{mesh['tp'].get_local_rank()}.pt"
+
+        def record(batch):
+            batches.append((batch[0]["input_ids"].clone(), batch[0]["labels"].clone()))
+            torch.save(batches, file)
+            return step(batch)
+
+        engine.step = record
+        return engine
+
+    names["fsdp"] = SimpleNamespace(build_engine=build_and_record)
+    try:
+        launch.connect()
+        names["run"](config)
+    finally:
+        ray.shutdown()
+    ranks = ("00", "01", "10", "11")  # dp_rank, tp_rank
+    first, again, second, twice = (torch.load(tmp_path / f"{r}.pt") for r in ranks)
+    for one, other in zip([*first, *second], [*again, *twice], strict=True):
+        assert all(map(torch.equal, one, other))
+    steps = [[*pair] for pair in zip(first, second, strict=True)]
+    rows = [tuple(row) for pair in steps for ids, _ in pair for row in ids.tolist()]
+    assert len({*rows}) == len(rows) == 3 * config.global_batch_size
+    *_, expected = train(path, "sgd", steps, MAX_GRAD_NORM)
+    found = AutoModelForCausalLM.from_pretrained(config.export_to).state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+
+
 def test_recipes_are_short():
-    for title, code in RECIPES.items():
+    for title, code in (RECIPES | {"Ray Data": STREAM}).items():
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) <= 40, title

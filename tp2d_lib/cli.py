@@ -60,7 +60,7 @@ def run_command(engine: str, given: dict[str, Any], argv: list[str]) -> int:
         config = replace(config, dtype=launch.pick_dtype(config))
         if ranks is not None:
             check = functools.partial(module.check, plan=True)
-            return plan_mesh(engine, config, check, cluster)
+            return plan_mesh(engine, config, check, cluster, plan["gpu_hour_price"])
         config = launch.prepare(module.check(config))
         if is_dry_run:
             return dry_run(engine, config)
@@ -134,12 +134,22 @@ def pick_device(config: TrainConfig, is_dry_run: bool) -> str:
         return "cuda"
 
 
-def plan_mesh(engine: str, config: TrainConfig, check, cluster) -> int:
+def plan_mesh(engine: str, config: TrainConfig, check, cluster, price) -> int:
+    from tp2d_lib import data
     from tp2d_lib.cost import dryrun, meshes
 
-    rows, refused = meshes.compare(engine, config, check, cluster)
+    data_rows, assumed = None, []
+    if cluster:
+        assumed = [meshes.assumed(cluster)]
+        try:
+            data_rows = data.prepare(config)
+            assumed.insert(
+                0, f"hours are those of training: {data.describe(data_rows)}"
+            )
+        except ConfigError as error:  # a mesh can be chosen before there is any data
+            assumed.insert(0, f"no hours: {error}")
+    rows, refused = meshes.compare(engine, config, check, cluster, data_rows, price)
     table = [dryrun.aligned(dryrun.as_cells(rows))] if rows else []
-    assumed = [meshes.assumed(cluster)] if cluster else []
     print(*table, *refused, *assumed, sep="\n")
     return 0
 

@@ -44,6 +44,7 @@ PLAN = {  # what goes with --plan_mesh: type, metavar, help
     "plan_gpu": (str, "NAME", "with --plan_mesh: speeds on such a GPU, say H100"),
     "plan_gpus_per_node": (int, "N", "with --plan_gpu: GPUs of a node (8)"),
     "plan_network": (float, "GBIT", "with --plan_gpu: Gb/s of a GPU to others (400)"),
+    "gpu_hour_price": (float, "PRICE", "with --plan_gpu: adds what training costs"),
 }
 
 

@@ -2,6 +2,8 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -9,7 +11,7 @@ import torch
 
 from tests.support.models import write_model
 from tests.support.parity import the_mesh
-from tp2d_lib import cli
+from tp2d_lib import cli, data, presets
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.cost import dryrun, meshes, times
 from tp2d_lib.run import gpus
@@ -114,6 +116,7 @@ REFUSED_PLANS = {
     "--plan_mesh 8 --plan_network 50": "plan_network=50.0 needs plan_gpu; try",
     "--plan_mesh 8 --plan_gpu H10": "plan_gpu=H10 must be one of",
     "--plan_mesh 8 --plan_gpu H100 --plan_gpus_per_node 0": "=0 must be positive",
+    "--plan_mesh 8 --gpu_hour_price 2": "gpu_hour_price=2.0 needs plan_gpu; try",
 }
 
 
@@ -212,7 +215,11 @@ def test_meshes_are_compared(tmp_path, capsys):
         assert cli.main("fsdp", "", [*demo, *on_gpus]) == 0
         said = capsys.readouterr()
         assert "cluster" not in said.err  # it asks none
-        assert re.search(r"^tp 2 x dp 2 .* s +[\d,]+$", said.out, re.MULTILINE)
+        step, hours = re.search(
+            r"^tp 2 x dp 2 .* (\S+) s +[\d,]+ +(\S+)$", said.out, re.MULTILINE
+        ).groups()
+        assert float(hours) == pytest.approx(40 * float(step) / 3600, rel=0.05)
+        assert "hours are those of training: " in said.out
         assert "for 4 GPUs per node without a switch at 50%" in said.out
         assert "80% of a network's 12.5 GB/s" in said.out
         sizes = ["--tp_size", "2", "--dp_size", "4", "--dry_run"]
@@ -226,6 +233,32 @@ def test_meshes_are_compared(tmp_path, capsys):
     *_, peak, tp, dp = re.split("  +", lines["tp 2 x dp 4"])
     assert f"one rank sends {tp} over tp and {dp} over dp" in page
     assert peak in re.findall(r"^  (?:forward|backward|update) +(.*)$", page, re.M)
+
+
+def test_hours_and_cost_are_those_of_the_steps(capsys, tmp_path):
+    """Of each mesh's own steps; without data there are none, and it says why."""
+    settings = {"dp_size": 4, "max_steps": None, "device": "cuda"}
+    config = presets.build_config("demo", str(tmp_path), **settings)
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    cluster = times.Cluster(gpus.find("H100"))
+    assert cli.plan_mesh("fsdp", config, lambda one: one, cluster, 1e6) == 0
+    said = capsys.readouterr().out
+    titles, _, *lines = (re.split("  +", line) for line in said.splitlines())
+    rows = [dict(zip(titles, line, strict=True)) for line in lines if len(line) > 8]
+    assert len(rows) > 1
+    for row in rows:
+        tp_size, dp_size = map(int, re.findall(r"\d+", row["mesh"]))
+        one = replace(config, tp_size=tp_size, dp_size=dp_size)
+        steps = data.BatchLoader(one, Path(config.prepared_data), dp_rank=0).steps_left
+        hours = steps * float(row["step"].removesuffix(" s")) / 3600
+        assert float(row["hours"]) == pytest.approx(hours, rel=0.05)
+        cost = 1e6 * config.num_workers * hours
+        assert float(row["cost"].replace(",", "")) == pytest.approx(cost, rel=0.05)
+    gone = replace(config, prepared_data=None, dataset_name=str(tmp_path / "no.jsonl"))
+    assert cli.plan_mesh("fsdp", gone, lambda one: one, cluster, None) == 0
+    said = capsys.readouterr().out
+    assert "no hours: dataset_name=" in said
+    assert "cost" not in said.splitlines()[0]
 
 
 def test_meshes_that_do_not_fit_are_named(configs):

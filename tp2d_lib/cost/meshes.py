@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+from tp2d_lib import data
 from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.cost import dryrun, times
 from tp2d_lib.model import PlanError, build_empty_model
@@ -21,6 +23,8 @@ def compare(
     config: TrainConfig,
     check: Callable[[TrainConfig], TrainConfig] = lambda config: config,
     cluster: times.Cluster | None = None,
+    data_rows: Path | None = None,
+    price: float | None = None,
 ) -> tuple[list[dict[str, str]], list[str]]:
     """A row for each mesh of ``config.num_workers`` ranks, and why others are refused.
 
@@ -31,17 +35,24 @@ def compare(
     Args:
         check: that of the engine; without it all meshes are taken to be allowed.
         cluster: to estimate speeds for, and to refuse meshes that do not fit its GPUs.
+        data_rows: a folder of ``data.prepare``, to tell the hours that training on it
+            takes on the cluster.
+        price: of an hour of a GPU, to tell the cost.
 
     Raises:
         ConfigError, PlanError: the first, if all meshes are refused.
     """
     ranks = config.num_workers
-    allowed, refused, errors = {}, [], []
+    allowed, steps, refused, errors = {}, {}, [], []
     for tp_size in (n for n in range(1, ranks + 1) if ranks % n == 0):
         mesh = f"tp {tp_size} x dp {ranks // tp_size}"
         try:
             asked = replace(config, tp_size=tp_size, dp_size=ranks // tp_size)
-            allowed[mesh] = check(asked)
+            one = check(asked)
+            if data_rows:
+                loader = data.BatchLoader(one, data_rows, dp_rank=0)
+                steps[mesh] = loader.steps_left
+            allowed[mesh] = one
         except (ConfigError, PlanError) as error:
             refused.append(f"{mesh}: {error}")
             errors.append(error)
@@ -62,13 +73,18 @@ def compare(
             room = dryrun.size(cluster.gpu.memory)
             refused.append(f"{mesh}: it needs {dryrun.size(held)} of a GPU of {room}")
         else:
-            rows.append(row(mesh, engine, one, predicted[mesh], cluster))
+            cells = row(mesh, one, predicted[mesh])
+            if cluster:
+                cells |= speed(
+                    engine, one, predicted[mesh], cluster, steps.get(mesh), price
+                )
+            rows.append(cells)
     return rows, refused
 
 
-def row(mesh, engine, config, predicted, cluster) -> dict[str, str]:
+def row(mesh, config, predicted) -> dict[str, str]:
     state = sum(predicted[name] for name in dryrun.HELD[:3])
-    cells = {
+    return {
         "mesh": mesh,
         "rows in a step": f"{config.global_batch_size:,}",
         "state": dryrun.size(state),
@@ -76,13 +92,17 @@ def row(mesh, engine, config, predicted, cluster) -> dict[str, str]:
         "over tp": dryrun.size(predicted["tp"]),
         "over dp": dryrun.size(predicted["dp"]),
     }
-    if cluster:
-        seconds = estimate(engine, config, predicted, cluster)
-        tokens = config.global_batch_size * config.seq_length / config.num_workers
-        cells |= {
-            "step": f"{seconds:#.3g} s",
-            "tokens/s/GPU": f"{tokens / seconds:,.0f}",
-        }
+
+
+def speed(engine, config, predicted, cluster, steps, price) -> dict[str, str]:
+    seconds = estimate(engine, config, predicted, cluster)
+    tokens = config.global_batch_size * config.seq_length / config.num_workers
+    cells = {"step": f"{seconds:#.3g} s", "tokens/s/GPU": f"{tokens / seconds:,.0f}"}
+    if steps:
+        hours = steps * seconds / 3600
+        cells |= {"hours": f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"}
+        if price:
+            cells |= {"cost": f"{hours * config.num_workers * price:,.2f}"}
     return cells
 
 
