@@ -37,13 +37,19 @@ test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU ch
 		tests/test_examples.py tests/test_pages.py \
 		tests/lessons/test_jupyterlab.py
 
-test-exports: .venv/installed build/exports-env/installed  ## read elsewhere, and by PEFT
-	$(BIN)/python -m pytest tests/model/elsewhere.py
+test-exports: .venv/installed build/exports-env/installed build/after-env/installed  ## by others
+	$(BIN)/python -m pytest tests/model/elsewhere.py tests/model/after_training.py
 
 build/exports-env/installed:
 	$(PYTHON) -m venv build/exports-env
 	build/exports-env/bin/python -m pip install --quiet torch==2.13.0 \
 		transformers==4.57.6 peft==0.21.2
+	touch $@
+
+build/after-env/installed: docs/after-training.md
+	$(PYTHON) -m venv build/after-env
+	build/after-env/bin/python -m pip install --quiet \
+		$$(sed -n 's/^pip install //p' docs/after-training.md)
 	touch $@
 
 test-fsdp2-only: .venv/installed build/fsdp2-env/installed  ## without DeepSpeed
