@@ -47,6 +47,7 @@ CHECKS = {
     "activation checkpointing": training.activation_checkpointing,
     "compile": training.compiled,
     "training": training.learns,
+    "LoRA": training.adapters,
     "save, load, resume": files.resume,
     "async checkpoint": files.async_checkpoint,
     "export": files.export,

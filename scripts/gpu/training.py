@@ -227,3 +227,19 @@ def learns(run: Run) -> str:
     if not losses[-1] < guess - 0.1:
         raise Failed(text)
     return text
+
+
+def adapters(run: Run) -> str:
+    """LoRA learns, and the merged export has the loss of the mesh with adapters."""
+    config = run.config(lora_rank=4, learning_rate=4e-3, merge_adapter=True)
+    engine, (*batches, last) = run.build(config), run.batches(config, 21)
+    losses = [float(engine.step(batch)[0]) for batch in batches]
+    folder = run.folder("merged")
+    engine.export(folder)
+    merged = run.build(run.config(model_name=str(folder)))
+    with_adapters, whole = (float(one.step(last)[0]) for one in (engine, merged))
+    errors = within(losses=(largest([whole], [with_adapters]), LOSS))
+    text = f"{errors}, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    if not losses[-1] < losses[0] - 0.1:
+        raise Failed(text)
+    return text
