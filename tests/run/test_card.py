@@ -87,15 +87,21 @@ def export_twice(config, engine):
 @pytest.mark.parametrize("engine", ["fsdp", "autotp"])
 def test_an_export_replaces_its_own_card_only(engine, config, pools, tmp_path):
     one = replace(config, tp_size=1, dp_size=1, num_workers=None)
-    for name, theirs in (("new", None), ("kept", "# Mine\n"), ("odd", "---\n: {\n")):
+    others = {
+        "new": None,
+        "kept": b"# Mine\n",
+        "odd": b"---\n: {\n",
+        "not": b"# \xe9\n",
+    }
+    for name, theirs in others.items():
         folder = tmp_path / name
         if theirs:
             folder.mkdir()
-            (folder / "README.md").write_text(theirs)
+            (folder / "README.md").write_bytes(theirs)
         said = pools(1, engine).run(
             export_twice, replace(one, export_to=str(folder)), engine
         )[0]
-        text = (folder / "README.md").read_text()
+        text = (folder / "README.md").read_bytes()
         assert (folder / "model.safetensors").is_file()
         if theirs:
             assert text == theirs
@@ -103,5 +109,5 @@ def test_an_export_replaces_its_own_card_only(engine, config, pools, tmp_path):
                 "its README.md, which no export wrote, stays as it is"
             )
         else:
-            assert "| 1,040 | 6.2500 | 6.7500 |" in text
+            assert b"| 1,040 | 6.2500 | 6.7500 |" in text
             assert said == [f"exported to {folder} in float32"] * 2

@@ -39,7 +39,9 @@ def export(engine, config: TrainConfig, history: list[dict]) -> str:
     if dist.get_rank() > 0:
         return said
     path = store.path(config.export_to) / FILE
-    if path.is_file() and OURS not in tags(path.read_text("utf-8")):
+    if path.is_file() and OURS not in tags(
+        path.read_bytes().decode("utf-8", "replace")
+    ):
         return f"{said}; its {FILE}, which no export wrote, stays as it is"
     path.write_text(write(type(engine).__module__, config, history))
     return said
@@ -70,7 +72,8 @@ def write(engine: str, config: TrainConfig, history: list[dict]) -> str:
     releases = ["torch", "transformers", *["deepspeed"] * ("autotp" in engine)]
     rows = f"{', '.join(map(shown, sources))}: {described(config.prepared_data)}"
     if config.eval_every:
-        rows += f"\n\nHeld out: {described(config.prepared_eval_data)}"
+        name = f"{shown(config.eval_dataset)}, " if config.eval_dataset else ""
+        rows += f"\n\nHeld out: {name}{described(config.prepared_eval_data)}"
     return f"""---
 {about.to_yaml()}
 ---
