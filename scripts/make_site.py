@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbformat import NotebookNode, v4
 
-from scripts.site import pages
+from scripts.site import mesh, pages
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -28,6 +28,7 @@ ADDRESSES = {  # of the pages, by their names
     "Overview": "index.html",
     "FSDP2": "fsdp2_dtensor.html",
     "AutoTP": "deepspeed_autotp.html",
+    "Which mesh?": "which_mesh.html",
 }
 OUTPUT = re.compile(r"<!-- output (\w+) (\w+) -->\n")
 
@@ -41,7 +42,7 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     site.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "images", site / "markdown" / "images", dirs_exist_ok=True)
     executed = {file.stem: file for file in (build / "notebooks").glob("*.ipynb")}
-    known = [Path(address).stem for address in list(ADDRESSES.values())[1:]]
+    known = [Path(address).stem for address in list(ADDRESSES.values())[1:3]]
     books = {n: pages.cleaned(executed[n]) for n in known if n in executed}
     footers = {name: footer(book) for name, book in books.items()}
     written = [
@@ -51,6 +52,10 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     if len(books) == len(known):
         books["index"] = index(books)
         footers["index"] = footers[known[0]]
+        books["which_mesh"] = v4.new_notebook(
+            cells=[v4.new_markdown_cell(mesh.source())]
+        )
+        footers["which_mesh"] = "written by scripts/which_mesh.py"
     shown = {n: a for n, a in ADDRESSES.items() if Path(a).stem in books}
     for name, book in books.items():
         file = site / f"{name}.html"

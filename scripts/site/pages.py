@@ -135,7 +135,9 @@ def page(notebook, folder: Path, address: str, pages: dict[str, str], footer: st
         "next": following(address, pages),
         "contents": contents(notebook.cells),
         "style": (TEMPLATE / "style.css").read_text("utf-8"),
-        "script": (TEMPLATE / "page.js").read_text("utf-8"),
+        "script": "".join(
+            (TEMPLATE / name).read_text("utf-8") for name in ("page.js", "mesh.js")
+        ),
         "footer": footer,
     }
     body, _ = exporter.from_notebook_node(notebook, resources={"page": about})

@@ -10,7 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-FOCUSABLE = "a[href], button, summary, [tabindex='0']"
+FOCUSABLE = "a[href], button, summary, input, [tabindex='0']"
 IMAGES = """() => [...document.images].map(
   image => [image.alt, image.complete && image.naturalWidth > 0])"""
 OVERFLOW = """() =>
