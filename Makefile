@@ -34,7 +34,8 @@ test-faults: lint  ## every damage, kill, hang and bad input, JupyterLab, GPU ch
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "" tests/faults \
 		tests/scripts/test_gpu_check.py tests/run/test_cluster.py tests/run/test_launch.py \
 		tests/test_stores.py tests/test_options.py tests/autotp/test_engine.py \
-		tests/test_examples.py tests/test_pages.py \
+		tests/test_examples.py tests/test_pages.py tests/test_recipes.py \
+		tests/scripts/test_which_mesh.py \
 		tests/lessons/test_jupyterlab.py
 
 test-exports: .venv/installed build/exports-env/installed build/after-env/installed  ## by others

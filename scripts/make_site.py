@@ -52,10 +52,8 @@ def write(build: Path = BUILD, image_base_url: str = "") -> list[Path]:
     if len(books) == len(known):
         books["index"] = index(books)
         footers["index"] = footers[known[0]]
-        books["which_mesh"] = v4.new_notebook(
-            cells=[v4.new_markdown_cell(mesh.source())]
-        )
-        footers["which_mesh"] = "written by scripts/which_mesh.py"
+        books["which_mesh"] = mesh.book()
+        footers["which_mesh"] = "rows computed by scripts/which_mesh.py"
     shown = {n: a for n, a in ADDRESSES.items() if Path(a).stem in books}
     for name, book in books.items():
         file = site / f"{name}.html"

@@ -138,19 +138,17 @@ def plan_mesh(engine: str, config: TrainConfig, check, cluster, price) -> int:
     from tp2d_lib import data
     from tp2d_lib.cost import dryrun, meshes
 
-    data_rows, assumed = None, []
+    data_rows, told = None, []
     if cluster:
-        assumed = [meshes.assumed(cluster)]
         try:
             data_rows = data.prepare(config)
-            assumed.insert(
-                0, f"hours are those of training: {data.describe(data_rows)}"
-            )
+            told = [f"hours are those of training: {data.describe(data_rows)}"]
         except ConfigError as error:  # a mesh can be chosen before there is any data
-            assumed.insert(0, f"no hours: {error}")
+            told = [f"no hours: {error}"]
+        told.append(meshes.assumed(cluster))
     rows, refused = meshes.compare(engine, config, check, cluster, data_rows, price)
     table = [dryrun.aligned(dryrun.as_cells(rows))] if rows else []
-    print(*table, *refused, *assumed, sep="\n")
+    print(*table, *refused, *told, sep="\n")
     return 0
 
 

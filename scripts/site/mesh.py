@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nbformat import NotebookNode, v4
+
 from tp2d_lib.cost import dryrun
 
 HERE = Path(__file__).parent
@@ -18,8 +20,8 @@ START = {"models": "7b", "gpus": "H100", "ranks": 16, "lengths": 2048}
 TITLES = ("mesh", "memory of a GPU", "sent over tp", "sent over dp", "speed of a GPU")
 
 
-def source() -> str:
-    """The page as Markdown, with the sliders, their table and all of its rows."""
+def book() -> NotebookNode:
+    """The page as a notebook: the sliders, their table and all of its rows."""
     known = json.loads((HERE / "meshes.json").read_text())
     shown = {name: [label(name, each) for each in known[name]] for name in NAMES}
     tables = {
@@ -49,7 +51,8 @@ def source() -> str:
 <tbody aria-live="polite">{tables[start]}</tbody>
 </table></div>
 <script type="application/json" id="meshes">{json.dumps(data)}</script>"""
-    return (HERE / "mesh.md").read_text("utf-8").replace("<!-- meshes -->", widget)
+    text = (HERE / "mesh.md").read_text("utf-8").replace("<!-- meshes -->", widget)
+    return v4.new_notebook(cells=[v4.new_markdown_cell(text)])
 
 
 def label(name: str, value) -> str:
@@ -59,16 +62,14 @@ def label(name: str, value) -> str:
 
 
 def table(key: str, rows: list[list], gpu: int, memory: float) -> str:
-    """The body of the table for one choice: text and bars, of which none is computed
-    in the page."""
-    length = int(key.split("/")[1])
-    speeds = [length / (tp_size * seconds[gpu]) for tp_size, *_, seconds in rows]
+    """The body of the table for one choice; the page itself computes nothing."""
+    _, length, ranks = key.split("/")
+    speeds = [int(length) / (tp_size * seconds[gpu]) for tp_size, *_, seconds in rows]
     fits = [peak <= memory for _, peak, *_ in rows]
     best = max((speed for speed, ok in zip(speeds, fits, strict=True) if ok), default=0)
     most = max(max(tp, dp) for _, _, tp, dp, _ in rows) or 1
     lines = []
     for (tp_size, peak, tp, dp, _), speed, ok in zip(rows, speeds, fits, strict=True):
-        ranks = int(key.split("/")[2])
         told = f"{speed:,.0f} tokens/s" + ", fastest" * (speed == best)
         cells = [
             cell(dryrun.size(peak) + ", too much" * (not ok), peak / memory, ok),
@@ -76,7 +77,7 @@ def table(key: str, rows: list[list], gpu: int, memory: float) -> str:
             cell(dryrun.size(dp), dp / most),
             cell(told, speed / best) if ok else cell("does not fit", 0),
         ]
-        mesh = f'<th scope="row">tp {tp_size} x dp {ranks // tp_size}</th>'
+        mesh = f'<th scope="row">tp {tp_size} x dp {int(ranks) // tp_size}</th>'
         lines.append(f"<tr>{mesh}{''.join(cells)}</tr>")
     return "".join(lines)
 

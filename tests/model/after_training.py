@@ -111,7 +111,7 @@ def test_its_loss_is_that_of_the_run(week):
 
 
 def test_it_learns_preferences(week):
-    home, *_ = week
+    home, config, _ = week
     ((_, code),) = blocks("Train it further")
     turns = [
         [{"role": role, "content": text}]
@@ -121,9 +121,5 @@ def test_it_learns_preferences(week):
     (home / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 8)
     run(home, "python", "-c", code)
     assert (home / "my-model-dpo" / "model.safetensors").is_file()
-    again = replace(config_of(week), model_name=str(home / "my-model-dpo"))
-    fsdp.check(again)
-
-
-def config_of(week):
-    return replace(week[1], export_to=None)
+    again = {"model_name": str(home / "my-model-dpo"), "export_to": None}
+    fsdp.check(replace(config, **again))

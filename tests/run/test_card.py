@@ -31,7 +31,7 @@ def config(demo_paths, tmp_path_factory):
 
 
 def test_it_tells_what_was_trained_on_what_and_how(config):
-    text = card.write("tp2d_lib.autotp.engine", config, HISTORY)
+    text = card.write("autotp", config, HISTORY)
     assert "# my-model\n" in text
     assert "with DeepSpeed AutoTP on tp 2 x dp 2" in text
     assert f"{Path(config.dataset_name).name}: " in text
@@ -52,14 +52,14 @@ def test_it_tells_what_was_trained_on_what_and_how(config):
 def test_no_path_of_this_machine_is_in_it(config):
     rules = Path(config.storage_path) / "rules.json"
     other = replace(config, partition_config=str(rules), text_column="a|b")
-    text = card.write("tp2d_lib.autotp.engine", other, HISTORY)
+    text = card.write("autotp", other, HISTORY)
     assert config.storage_path not in text
     assert "| `partition_config` | rules.json |" in text
     assert r"| `text_column` | a\|b |" in text
 
 
 def test_the_hub_reads_where_it_comes_from(config):
-    about = ModelCard(card.write("tp2d_lib.fsdp.engine", config, HISTORY)).data
+    about = ModelCard(card.write("fsdp", config, HISTORY)).data
     assert (about.base_model, about.datasets) == (None, None)
     assert (about.library_name, about.pipeline_tag) == (
         "transformers",
@@ -67,11 +67,11 @@ def test_the_hub_reads_where_it_comes_from(config):
     )
     hub = {"model_name": "org/base", "dataset_name": "org/some,org/more"}
     other = replace(config, lora_rank=4, **hub)
-    about = ModelCard(card.write("tp2d_lib.fsdp.engine", other, HISTORY)).data
+    about = ModelCard(card.write("fsdp", other, HISTORY)).data
     assert (about.base_model, about.library_name) == ("org/base", "peft")
     assert about.datasets == ["org/some", "org/more"]
     merged = replace(other, merge_adapter=True)
-    about = ModelCard(card.write("tp2d_lib.fsdp.engine", merged, HISTORY)).data
+    about = ModelCard(card.write("fsdp", merged, HISTORY)).data
     assert about.library_name == "transformers"
 
 

@@ -5,7 +5,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from nbformat import v4
 from playwright.sync_api import sync_playwright
 
 from scripts import make_site, which_mesh
@@ -74,9 +73,8 @@ def test_the_rows_are_those_of_the_dry_run(model, length, ranks, tmp_path):
 def page(tmp_path_factory):
     if browser.CHROMIUM is None:
         pytest.skip("the page was not opened, for want of Chromium")
-    book = v4.new_notebook(cells=[v4.new_markdown_cell(mesh.source())])
     file = tmp_path_factory.mktemp("page") / "which_mesh.html"
-    text = pages.page(book, Path(), file.name, make_site.ADDRESSES, "")
+    text = pages.page(mesh.book(), Path(), file.name, make_site.ADDRESSES, "")
     file.write_text(text, "utf-8")
     with sync_playwright() as playwright:
         started = browser.launch(playwright)

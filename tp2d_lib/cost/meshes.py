@@ -50,8 +50,7 @@ def compare(
             asked = replace(config, tp_size=tp_size, dp_size=ranks // tp_size)
             one = check(asked)
             if data_rows:
-                loader = data.BatchLoader(one, data_rows, dp_rank=0)
-                steps[mesh] = loader.steps_left
+                steps[mesh] = data.BatchLoader(one, data_rows, dp_rank=0).steps_left
             allowed[mesh] = one
         except (ConfigError, PlanError) as error:
             refused.append(f"{mesh}: {error}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,15 +38,14 @@ def export(engine, config: TrainConfig, history: list[dict]) -> str:
     if dist.get_rank() > 0:
         return said
     path = store.path(config.export_to) / FILE
-    if path.is_file() and OURS not in tags(
-        path.read_bytes().decode("utf-8", "replace")
-    ):
+    if path.is_file() and OURS not in tags(path.read_bytes()):
         return f"{said}; its {FILE}, which no export wrote, stays as it is"
-    path.write_text(write(type(engine).__module__, config, history))
+    path.write_text(write(engine.name, config, history))
     return said
 
 
-def tags(text: str) -> list[str]:
+def tags(card: bytes) -> list[str]:
+    text = card.decode("utf-8", "replace")
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.tags or []
     except Exception:  # whatever somebody's own text leads to
@@ -68,8 +66,8 @@ def write(engine: str, config: TrainConfig, history: list[dict]) -> str:
         pipeline_tag="text-generation",
         tags=[OURS],
     )
-    by = "DeepSpeed AutoTP" if "autotp" in engine else "FSDP2"
-    releases = ["torch", "transformers", *["deepspeed"] * ("autotp" in engine)]
+    by = "DeepSpeed AutoTP" if engine == "autotp" else "FSDP2"
+    releases = ["torch", "transformers", *["deepspeed"] * (engine == "autotp")]
     rows = f"{', '.join(map(shown, sources))}: {described(config.prepared_data)}"
     if config.eval_every:
         name = f"{shown(config.eval_dataset)}, " if config.eval_dataset else ""
@@ -127,7 +125,7 @@ def losses(history: list[dict]) -> list[list[str]]:
 
 def settings(config: TrainConfig) -> list[list[str]]:
     """Those that decide most, and those that are not at their default."""
-    values = {name: asdict(config)[name] for name in HOW if name not in ELSEWHERE}
+    values = {name: getattr(config, name) for name in HOW if name not in ELSEWHERE}
     return [
         [f"`{name}`", shown(str(value))]
         for name, value in values.items()
