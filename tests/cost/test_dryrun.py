@@ -262,13 +262,13 @@ def test_hours_and_cost_are_those_of_the_steps(capsys, tmp_path):
 
 
 def test_meshes_that_do_not_fit_are_named(configs):
-    gpu = gpus.find("H100")._replace(memory=1e6)
+    gpu = gpus.find("H100")._replace(memory=1.2e6)
     cluster = times.Cluster(gpu)
     rows, refused = meshes.compare("fsdp", configs["fsdp-recomputed"], cluster=cluster)
     assert [row["mesh"] for row in rows] == ["tp 4 x dp 1"]
     names = [line.partition(":")[0] for line in refused]
     assert names == ["tp 1 x dp 4", "tp 2 x dp 2"]
-    assert all(line.endswith("of a GPU of 1 MB") for line in refused)
+    assert all(line.endswith("of a GPU of 1.2 MB") for line in refused)
 
 
 def test_sizes_are_for_people():

@@ -16,12 +16,14 @@ from tests.decoders import tiny
 from tests.support import lora, reference
 from tests.support.parity import MAX_GRAD_NORM, make_config, make_steps, share_of
 from tp2d_lib.config import ConfigError
+from tp2d_lib.fsdp import plan
 from tp2d_lib.model import PlanError, attention, build_empty_model
 from tp2d_lib.model.lora import adapters
 
 VARIANT = ("padded", 1, "sgd")
 STEPS = 2
 RANK, SCALE = 3, 2.0  # of adapters
+ALL = plan.SMALLEST_GROUP
 KEPT = (
     "tp_size",
     "dp_size",
@@ -113,6 +115,8 @@ def train(engine: str, config) -> tuple[list, float]:
     """Run by every rank: losses and norms, and how far attention looks ahead."""
     from tp2d_lib.mesh import build_mesh
 
+    # Each layer by itself, as in a model of a usual size, or all at once.
+    plan.SMALLEST_GROUP = 1 if engine == "fsdp" else ALL
     mesh = build_mesh(config.dp_size, config.tp_size)
     built = module_of(engine).build_engine(config, mesh)
     ahead = looks_ahead(built, config)

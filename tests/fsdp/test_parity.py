@@ -1,5 +1,7 @@
 """Training on a mesh equals training in one process: losses, norms, every weight."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from tests.support.parity import (
     share_of,
     train_references,
 )
+from tp2d_lib.fsdp import plan
+
+GROUPS = (1, plan.SMALLEST_GROUP)  # each layer by itself, or all at once
 
 # (tp_size, dp_size, dp_replicate_size)
 MESHES = [(2, 2, 1), (4, 1, 1), (2, 2, 2)]  # tests/pairs has smaller ones
@@ -35,7 +40,8 @@ def train_on_mesh(model_dir, sizes, variants, storage, settings):
     tp_size, dp_size, copies = sizes
     mesh = build_mesh(dp_size=dp_size, tp_size=tp_size)
     results = []
-    for variant in variants:
+    for variant, smallest in zip(variants, itertools.cycle(GROUPS)):
+        plan.SMALLEST_GROUP = smallest
         settings |= {"dp_replicate_size": copies}
         config = make_config(model_dir, storage, tp_size, dp_size, variant, **settings)
         engine = build_engine(config, mesh)

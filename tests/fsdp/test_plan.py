@@ -31,7 +31,7 @@ from tests.support.parity import make_steps, share_of
 from tp2d_lib import fsdp
 from tp2d_lib.config import ConfigError
 from tp2d_lib.fsdp.local import equivalent, on_local_shards
-from tp2d_lib.fsdp.plan import STYLES, tensor_parallel_plan
+from tp2d_lib.fsdp.plan import STYLES, layer_groups, tensor_parallel_plan
 from tp2d_lib.fsdp.whole import ComputeWhole, describe
 from tp2d_lib.model import PlanError
 from tp2d_lib.model.blocks import shardable
@@ -47,7 +47,7 @@ SIZES = {
 
 def empty(kind, **settings):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(kind(**SIZES, **settings))
+        return AutoModelForCausalLM.from_config(kind(**SIZES | settings))
 
 
 def test_plan_names_every_kind_of_module_once():
@@ -184,6 +184,54 @@ def test_local_shards_train_as_dtensors_do(name, sequence_parallel, tmp_path, po
 
 def as_written(plan):
     return plan
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(1, [1] * 5), (2, [2, 2]), (4, [4]), (9, [])]
+)
+def test_neighboring_layers_make_a_group(layers, expected, monkeypatch):
+    """What is left at the end stays with the head."""
+    model = empty(Qwen3Config, num_key_value_heads=2, head_dim=8, num_hidden_layers=5)
+    one = sum(p.numel() for p in model.model.layers[0].parameters())
+    monkeypatch.setattr(fsdp.plan, "SMALLEST_GROUP", 2 * one * layers)
+    groups = list(layer_groups(model, torch.bfloat16))
+    assert [len(group) for group in groups] == expected
+    together = [layer for group in groups for layer in group]
+    assert together == list(model.model.layers[: len(together)])
+
+
+def train_in_groups(config, steps, smallest):
+    """Run by every rank: losses, norms, and a validation loss before the last step."""
+    from tp2d_lib.fsdp import build_engine, plan
+    from tp2d_lib.mesh import build_mesh
+
+    mesh, usual = build_mesh(config.dp_size, config.tp_size), plan.SMALLEST_GROUP
+    plan.SMALLEST_GROUP = smallest
+    engine = build_engine(config, mesh)
+    plan.SMALLEST_GROUP = usual
+    *batches, last = share_of(steps, mesh, config.batch_size_per_gpu)
+    figures = [tuple(map(float, engine.step(batch))) for batch in batches]
+    held_out = float(engine.summed_loss(last[0]))
+    return [*figures, tuple(map(float, engine.step(last)))], held_out
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        (("packed", 2, "sgd"), {}),  # recomputed, but for what is costly
+        (("padded", 1, "adamw"), {"reshard_after_forward": False}),
+    ],
+)
+def test_layers_gathered_at_once_train_as_each_by_itself(
+    variant, settings, tmp_path, pools
+):
+    path = write_model("qwen3", tmp_path, num_hidden_layers=5)
+    config = parity.make_config(path, str(tmp_path), 2, 2, variant)
+    config, steps = replace(config, **settings), make_steps(*variant[:2])
+    each = pools(4).run(train_in_groups, config, steps, 1)
+    # A rank of tp holds 62 kB of a layer: 2 + 2 layers, and one with the head.
+    pairs = pools(4).run(train_in_groups, config, steps, 100_000)
+    torch.testing.assert_close(pairs, each, rtol=1e-6, atol=0)
 
 
 def look_up(vocab, padding):

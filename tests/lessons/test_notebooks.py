@@ -273,7 +273,7 @@ def test_the_state_of_eight_billion_parameters_is_shared_out(execute):
 def test_bytes_measured_beside_the_formulas(execute):
     text = printed(execute(FSDP)[0])
     ratios = re.findall(r"^(?:dp|tp) +[\d,]+ +[\d,]+ +([\d.]+)$", text, re.MULTILINE)
-    assert ratios[0] == "0.88"  # the root is gathered once, the two layers twice
+    assert ratios[0] == "1.00"  # gathered once, in one group
     assert 1.2 < float(ratios[1]) < 1.3  # embedding, head and loss besides the layers
     kinds = "all_gather|all_reduce|reduce_scatter"
     calls = re.findall(rf"^(?:dp|tp) +(?:{kinds}) +(\d+) +[\d,]+$", text, re.MULTILINE)

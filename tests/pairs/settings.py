@@ -10,6 +10,7 @@ from allpairspy import AllPairs
 
 from tp2d_lib import autotp, fsdp
 from tp2d_lib.config import ConfigError, TrainConfig
+from tp2d_lib.fsdp import plan
 
 SEQ, GLOBAL_BATCH = 96, 4
 # The first value of each is the usual one.
@@ -40,6 +41,7 @@ OWN = {
         "sequence_parallel": ["auto", "never", "always"],
         "async_checkpoint": [False, True],
         "lora_rank": [0, 3],
+        "smallest_group": [1, plan.SMALLEST_GROUP],  # each layer, or all at once
     },
     "autotp": {
         "zero_stage": [1, 2, 3, 0],

@@ -102,7 +102,7 @@ class Net:
                 training.run,
                 engine,
                 config,
-                case["frozen"],
+                case,
                 str(folder),
                 seconds=PATIENCE_S,
             )

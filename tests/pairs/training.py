@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.support import lora, reference
 from tests.support.parity import the_mesh
 from tp2d_lib import data
+from tp2d_lib.fsdp import plan
 from tp2d_lib.model.optimizer import build_optimizer
 from tp2d_lib.run import evaluate
 
@@ -32,7 +33,7 @@ def freeze(model, config, *, frozen: str, **options):
     return build_optimizer(model, config, **options)
 
 
-def run(engine: str, config, frozen: str, folder: str) -> dict | str:
+def run(engine: str, config, case: dict, folder: str) -> dict | str:
     """Run by every rank: train, evaluate, save; load into a new engine, go on, export.
 
     Returns:
@@ -42,12 +43,13 @@ def run(engine: str, config, frozen: str, folder: str) -> dict | str:
     from tp2d_lib.model.attention import check_apart
     from tp2d_lib.run import health
 
+    plan.SMALLEST_GROUP = case.get("smallest_group", 1)
     mesh = the_mesh(config.dp_size, config.tp_size)
     build = partial(
         import_module(f"tp2d_lib.{engine}").build_engine,
         config,
         mesh,
-        build_optimizer=partial(freeze, frozen=frozen),
+        build_optimizer=partial(freeze, frozen=case["frozen"]),
     )
     built, found = build(), {}
     if config.pack == "documents":

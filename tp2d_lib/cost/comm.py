@@ -102,15 +102,18 @@ def fsdp_bytes(
     dp_size: int,
     itemsize: int = 2,
     micro_batches: int = 1,
+    stays_gathered: bool = False,
 ) -> float:
     """Bytes a rank sends over dp in one step of ``fully_shard``.
 
     Each micro-batch gathers the weights for forward and again for backward, in the
     compute type, and reduce-scatters the gradients in float32:
-    parameters / tp * (2 * itemsize + 4) * (dp - 1) / dp.
+    parameters / tp * (2 * itemsize + 4) * (dp - 1) / dp. A model that is too small for
+    a second group ``stays_gathered`` in between, and is gathered once.
     """
+    gathers = 1 if stays_gathered else 2
     ring = (dp_size - 1) / dp_size
-    return micro_batches * parameters / tp_size * (2 * itemsize + 4) * ring
+    return micro_batches * parameters / tp_size * (gathers * itemsize + 4) * ring
 
 
 def zero_bytes(

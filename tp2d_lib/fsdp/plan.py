@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from tp2d_lib.fsdp.local import OnShards, on_local_shards
 from tp2d_lib.fsdp.whole import ComputeWhole, keys_of, parent, parts_left_whole
 from tp2d_lib.model import PlanError, decoder_layers
 from tp2d_lib.model.blocks import STYLES, is_norm, shardable
+
+SMALLEST_GROUP = 8 * 2**20  # bytes of weights that are gathered at once
 
 
 def tensor_parallel_plan(model: nn.Module, stream: Placement = Shard(1)) -> dict:
@@ -114,15 +117,32 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, plan: dict) -> None:
             )
 
 
+def layer_groups(model: nn.Module, dtype: torch.dtype) -> Iterator[list[nn.Module]]:
+    """Neighboring layers to gather over dp at once, because a collective takes time.
+
+    A group holds at least ``SMALLEST_GROUP`` bytes of weights on a rank. The last
+    layers are in none if they hold less.
+    """
+    group, size = [], 0
+    for layer in decoder_layers(model):
+        group.append(layer)
+        for p in layer.parameters():
+            shard = p.to_local() if isinstance(p, DTensor) else p
+            size += shard.numel() * dtype.itemsize
+        if size >= SMALLEST_GROUP:
+            yield group
+            group, size = [], 0
+
+
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard every parameter again over the dp ranks, to be gathered layer by layer.
 
-    The head's weights stay gathered after the forward pass, because the backward pass
-    needs them first. The embedding has a group of its own, so that it does not stay.
+    The head, and last layers too small for a group, stay gathered after the forward
+    pass: backward needs them first. The embedding, in a group of its own, does not.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for layers in layer_groups(model, dtype):
+        fully_shard(layers, mesh=mesh, mp_policy=policy)
     embedding = model.get_input_embeddings()
     if model.get_output_embeddings().weight is not embedding.weight:
         fully_shard(embedding, mesh=mesh, mp_policy=policy)
