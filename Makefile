@@ -74,7 +74,7 @@ build/real/packages:
 test-decoders: lint  ## every decoder of transformers; writes docs/families.md
 	$(BIN)/python -m pytest -m decoders --tb=short tests/decoders
 
-bench: .venv/installed build/bench/accelerate  ## speed and memory, side by side, as ratios
+bench: .venv/installed build/bench/accelerate  ## a step at three sizes, beside other ways, as ratios
 	PYTHONPATH=build/bench $(BIN)/python scripts/bench.py
 
 # transformers asks for it in one row; where it is installed, each process imports it.

@@ -2,7 +2,8 @@
 
 Everything runs on the CPU, offline, on the same cores. A round measures every row once,
 the next round in reverse order, and a ratio divides two values of one round: a machine
-that slows down slows both.
+that slows down slows both. Without --only it times a step at three sizes of a model;
+--only all measures the rest as well, which takes much longer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from scripts.benchmarks.growth import (
     compare_ranks,
     compare_vocabularies,
 )
-from scripts.benchmarks.harness import CORES, report
+from scripts.benchmarks.harness import CORES, report, spread
 from scripts.benchmarks.memory import compare_peaks
 from scripts.benchmarks.runs import compare_ray
 from scripts.benchmarks.sizes import (
@@ -64,7 +65,12 @@ COMPARISONS = {
     "vocabularies": compare_vocabularies,
     "corpora": compare_corpora,
 }
-
+STEPS = "1M,26M,124M,124M-deepspeed"
+# What this project wants to reach, relative to one process with all cores.
+GOALS = {
+    "this project, FSDP2 + DTensor": {"1M": 2.5, "26M": 1.20},
+    "this project, AutoTP, ZeRO 1": {"26M": 1.10},
+}
 
 PLOT = Path("build/bench.png")
 GROWTH = Path("build/growth.png")
@@ -73,10 +79,11 @@ GROWTH = Path("build/growth.png")
 def main() -> None:
     names = ",".join(COMPARISONS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="measurements per row")
-    parser.add_argument("--only", default=names, help=f"comma-separated: {names}")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements per row")
+    known = f"all, or comma-separated: {names}"
+    parser.add_argument("--only", default=STEPS, help=known)
     options = parser.parse_args()
-    chosen = options.only.split(",")
+    chosen = (names if options.only == "all" else options.only).split(",")
     if options.rounds < 1 or not set(chosen) <= set(COMPARISONS):
         parser.error(f"--rounds must be at least 1, --only any of {names}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then as well
@@ -98,11 +105,27 @@ def main() -> None:
             if name[0].isdigit():  # a size
                 sizes.setdefault(name.split("-")[0], {}).update(rows)
     if sizes:
+        summarize(sizes)
         plot.draw(sizes, PLOT)
         print(f"\n{PLOT}")
     if growth:
         plot.draw_growth(growth, GROWTH)
         print(f"\n{GROWTH}")
+
+
+def summarize(sizes: dict[str, dict[str, list[float]]]) -> None:
+    """One table of all ways at all sizes, with this project's goals."""
+    names = dict.fromkeys(name for rows in sizes.values() for name in rows)
+    width = max(map(len, names))
+    print("\nA step relative to one process with all cores; in brackets the goal\n")
+    print(f"    {'':{width}}" + "".join(f"{size:>26}" for size in sizes))
+    for name in names:
+        line = f"    {name:{width}}"
+        for size, rows in sizes.items():
+            goal = GOALS.get(name, {}).get(size)
+            shown = spread(rows[name]) if name in rows else ""
+            line += f"{shown + (f' [{goal:.2f}]' if goal else ''):>26}"
+        print(line)
 
 
 if __name__ == "__main__":
