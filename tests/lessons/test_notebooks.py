@@ -277,7 +277,7 @@ def test_bytes_measured_beside_the_formulas(execute):
     assert 1.2 < float(ratios[1]) < 1.3  # embedding, head and loss besides the layers
     kinds = "all_gather|all_reduce|reduce_scatter"
     calls = re.findall(rf"^(?:dp|tp) +(?:{kinds}) +(\d+) +[\d,]+$", text, re.MULTILINE)
-    assert calls == ["5", "2", "3", "10", "8", "10"]
+    assert calls == ["1", "2", "1", "10", "8", "10"]
 
 
 def test_autotp_replaced_every_matrix(execute):
