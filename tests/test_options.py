@@ -27,9 +27,11 @@ def train(engine, configs):
     from torch._dynamo.utils import counters
 
     from tp2d_lib.cost.comm import CommBytes
+    from tp2d_lib.fsdp import plan
 
     results = []
     mesh = the_mesh(configs[0].dp_size, configs[0].tp_size)
+    plan.SMALLEST_GROUP = 1  # each layer by itself, as in a model of a usual size
     for config in configs:
         built = import_module(f"tp2d_lib.{engine}").build_engine(config, mesh)
         steps = make_steps(VARIANT[0], config.gradient_accumulation_steps)

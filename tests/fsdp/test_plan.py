@@ -24,6 +24,7 @@ from transformers import (
     StableLmConfig,
 )
 
+from tests.decoders import tiny
 from tests.support import parity, reference
 from tests.support.demo import make_config
 from tests.support.models import write_model
@@ -232,6 +233,36 @@ def test_layers_gathered_at_once_train_as_each_by_itself(
     # A rank of tp holds 62 kB of a layer: 2 + 2 layers, and one with the head.
     pairs = pools(4).run(train_in_groups, config, steps, 100_000)
     torch.testing.assert_close(pairs, each, rtol=1e-6, atol=0)
+
+
+def count_calls(config, steps, smallest):
+    """Run by every rank: how often an MLP is called in the first step."""
+    from tp2d_lib.fsdp import build_engine, plan
+    from tp2d_lib.mesh import build_mesh
+
+    mesh, usual = build_mesh(config.dp_size, config.tp_size), plan.SMALLEST_GROUP
+    plan.SMALLEST_GROUP = smallest
+    engine = build_engine(config, mesh)
+    plan.SMALLEST_GROUP = usual
+    calls = []
+    engine.model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    engine.step(share_of(steps, mesh, config.batch_size_per_gpu)[0])
+    return len(calls)
+
+
+@pytest.mark.parametrize("smallest", [1, fsdp.plan.SMALLEST_GROUP])
+def test_layers_that_ranks_compute_in_part_are_recomputed(smallest, tmp_path, pools):
+    """Of Gemma 4 tp does not shard everything; its layer is called once more."""
+    tiny.write("gemma4_text", tmp_path / "model")
+    variant = ("packed", 1, "sgd")
+    path = str(tmp_path / "model")
+    plain = parity.make_config(path, str(tmp_path), 2, 2, variant)
+    again = replace(plain, activation_checkpointing="full")
+    steps = make_steps(*variant[:2])
+    assert pools(4).run(count_calls, plain, steps, smallest) == [1] * 4
+    assert pools(4).run(count_calls, again, steps, smallest) == [2] * 4
 
 
 def look_up(vocab, padding):

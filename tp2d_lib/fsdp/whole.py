@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import wraps
+from types import MethodType
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tp2d_lib.fsdp.local import OnPlainTensors, shard
 from tp2d_lib.model import PlanError, decoder_layers
@@ -85,17 +88,24 @@ class ComputeWhole(OnPlainTensors):
                         whole = made[parameter] = shard(parameter, mesh, Replicate())
                     part.register_parameter(name, whole)
                     owners.append((part._parameters, name))
-        forward = module.forward
+        forward = type(module).forward
 
-        def on_plain_tensors(*args, **kwargs):
+        @wraps(forward)
+        def on_plain_tensors(self, *args, **kwargs):
             kept = [parameters[name] for parameters, name in owners]
             for parameters, name in owners:
                 parameters[name] = parameters[name].to_local()
             try:
-                return forward(*args, **kwargs)
+                return forward(self, *args, **kwargs)
             finally:
                 for (parameters, name), parameter in zip(owners, kept, strict=True):
                     parameters[name] = parameter
 
-        module.forward = on_plain_tensors
+        if isinstance(module, GradientCheckpointingLayer):
+            # Its class recomputes what a subclass calls forward, and nothing else.
+            kind = type(module)
+            members = {"forward": on_plain_tensors}
+            module.__class__ = type(kind.__name__, (kind,), members)
+        else:
+            module.forward = MethodType(on_plain_tensors, module)
         return module
