@@ -45,6 +45,7 @@ from scripts.benchmarks.sizes import (
     compare_26m,
     compare_124m,
     compare_124m_deepspeed,
+    compare_124m_others,
 )
 from scripts.benchmarks.tokens import compare_tokens
 from scripts.benchmarks.traffic import compare_traffic
@@ -56,6 +57,7 @@ COMPARISONS = {
     "1M": compare_1m,
     "26M": compare_26m,
     "124M": compare_124m,
+    "124M-others": compare_124m_others,
     "124M-deepspeed": compare_124m_deepspeed,
     "ray": compare_ray,
     "peaks": compare_peaks,

@@ -25,7 +25,7 @@ def test_comparisons_are_named():
     done = bench("--only", "nothing")
     assert done.returncode == 2
     assert (
-        "tokens,checkpoints,1M,26M,124M,124M-deepspeed,ray,peaks,traffic,"
+        "tokens,checkpoints,1M,26M,124M,124M-others,124M-deepspeed,ray,peaks,traffic,"
         "ranks,lengths,vocabularies,corpora" in done.stderr
     )
 
