@@ -188,6 +188,17 @@ def test_a_routers_own_loss_is_refused(engine, tmp_path):
         check(make_config(path, str(tmp_path), 1, 1, VARIANT))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_layers_that_transformers_does_not_recompute(engine, tmp_path):
+    tiny.write("gpt_neox_japanese", tmp_path / "model")
+    config = make_config(str(tmp_path / "model"), str(tmp_path), 1, 1, VARIANT)
+    check = import_module(f"tp2d_lib.{engine}").check
+    for kind in ("selective", "full"):
+        with pytest.raises(ConfigError, match=r"not GPTNeoXJapan.*; try .*='none'$"):
+            check(replace(config, activation_checkpointing=kind))
+    assert check(replace(config, activation_checkpointing="none"))
+
+
 def test_the_page_says_what_was_observed(observe):
     lines = [["model family", *ENGINES.values()], ["---"] * (1 + len(ENGINES))]
     lines += [[f, *(observe(f, engine) for engine in ENGINES)] for f in FAMILIES]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tp2d_lib.config import TrainConfig
+from tp2d_lib.config import ConfigError, TrainConfig
 from tp2d_lib.model.guards import PlanError
 
 aten = torch.ops.aten
@@ -39,6 +39,21 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
     name = "activation_checkpointing_enable"
     old = "gradient_checkpointing_enable"  # transformers 5.20
     getattr(model, name if hasattr(model, name) else old)(options)
+
+
+def check_recomputed(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse, in the driver, to recompute layers of which transformers cannot.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
+    chosen = config.activation_checkpointing
+    if chosen != "none" and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"activation_checkpointing={chosen!r} works only with models that "
+            f"transformers can recompute layer by layer, not {type(model).__name__}; "
+            "try activation_checkpointing='none'"
+        )
 
 
 class KeepCostly:

@@ -8,6 +8,7 @@ from tp2d_lib import data
 from tp2d_lib.checkpoint import resume, storage
 from tp2d_lib.config import TrainConfig
 from tp2d_lib.model import attention, build_empty_model, guards, headers
+from tp2d_lib.model.recompute import check_recomputed
 from tp2d_lib.run import evaluate
 
 
@@ -33,6 +34,7 @@ def check(
     guards.check_attention(config)
     model = build_empty_model(config)
     guards.check_loss(model, config)
+    check_recomputed(model, config)
     if plan:
         return model, {name: name for name in model.state_dict()}
     stored = headers.read(config)
