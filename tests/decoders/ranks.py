@@ -90,10 +90,10 @@ def accept(engine: str, folder: Path, tp_size: int, dp_size: int):
     """
     check = module_of(engine).check
     more = {"lora_rank": RANK, "merge_adapter": True} if engine == "lora" else {}
-    if (engine, tp_size) in RECOMPUTED:
-        more["activation_checkpointing"] = "full"
     more["export_to"] = str(folder / f"{engine}-{tp_size}")
     config = make_config_of(folder, tp_size, dp_size, **more)
+    if (engine, tp_size) in RECOMPUTED:
+        config = replace(config, activation_checkpointing="full")
     setting = ""
     for _ in range(2):
         try:
