@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ BLOCKS = re.findall(
 COMMON = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
 RECIPES = {"As it is": "", **dict(BLOCKS)}
 STREAM = RECIPES.pop("Rows from Ray Data")  # which has a loop of its own
+MOMENTS = RECIPES.pop("AdamW's moments in half the memory")  # of FSDP2
 STEPS = 10
 
 
@@ -146,6 +148,52 @@ def test_every_recipe_does_what_it_says(recipes, engine):
 
     (run,) = done["MLflow, or another tracker"]["run"].parent.glob("mlflow/*/*/metrics")
     assert {path.name for path in run.iterdir()} >= {"loss", "grad_norm"}
+
+
+def train_and_resume(config, batches):
+    """Run by every rank: the last two losses, resumed before them, types of moments."""
+    from tp2d_lib.mesh import build_mesh
+
+    names = {}
+    exec(f"{COMMON}\n{MOMENTS}", names)
+    mesh = build_mesh(config.dp_size, config.tp_size)
+
+    def build(**options):
+        return names["fsdp"].build_engine(config, mesh, **options)
+
+    plain, first, second = (
+        build(),
+        *(build(build_optimizer=names["small_moments"]) for _ in range(2)),
+    )
+    rows = batches[mesh["dp"].get_local_rank()]
+    usual = [float(plain.step(batch)[0]) for batch in rows]
+    losses = [float(first.step(batch)[0]) for batch in rows[:3]]
+    first.save(config.storage_path)
+    losses += [float(first.step(batch)[0]) for batch in rows[3:]]
+    second.load(config.storage_path)
+    resumed = [float(second.step(batch)[0]) for batch in rows[3:]]
+    states = second.optimizer.state.values()
+    types = {
+        state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")
+    }
+    same = map(torch.equal, *(e.local_weights().values() for e in (first, second)))
+    return usual, losses, resumed, types, all(same)
+
+
+def test_small_moments_train_and_resume_bit_for_bit(demo_paths, pools, tmp_path):
+    config = make_config(demo_paths, tmp_path, 2, 2)
+    config = replace(config, device="cpu", dtype="float32")
+    config = replace(config, prepared_data=str(data.prepare(config)))
+    rows = [data.BatchLoader(config, Path(config.prepared_data), r) for r in range(2)]
+    batches = [list(islice(each, 5)) for each in rows]
+    for answer in pools(4).run(train_and_resume, config, batches):
+        usual, losses, resumed, types, same = answer
+        assert types == {torch.bfloat16}
+        assert resumed == losses[3:]
+        assert same
+        assert losses[:2] == usual[:2]  # the moments' first rounding acts in the third
+        assert losses != usual
+        assert losses == pytest.approx(usual, rel=1e-3)
 
 
 def losses_in_eval(path):
