@@ -67,8 +67,9 @@ def check_shared(model: nn.Module) -> None:
     for layer in decoder_layers(model):
         own = {parameter: name for name, parameter in layer.named_parameters()}
         if shared := seen & own.keys():
+            name = min(own[parameter] for parameter in shared)
             raise PlanError(
-                f"{own[shared.pop()]!r} must be a parameter of one layer, but several "
+                f"{name!r} must be a parameter of one layer, but several "
                 f"layers of {type(model).__name__} share it; try DeepSpeed"
             )
         seen |= own.keys()
