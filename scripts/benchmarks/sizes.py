@@ -136,7 +136,7 @@ def compare_124m(rounds: int, storage: str) -> Table:
 
 
 def compare_124m_others(rounds: int, storage: str) -> Table:
-    """The same with the next two."""
+    """The same with Ray's template and transformers."""
     return compare_at("124M", dict(islice(PYTORCH.items(), 2, None)), rounds, storage)
 
 

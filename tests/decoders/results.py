@@ -20,10 +20,10 @@ Every causal decoder of transformers {transformers}, made tiny (two layers, hidd
 64, a vocabulary of 509) and trained on two ranks of one machine with torch {torch} and
 DeepSpeed {deepspeed}. *equal*: losses, gradient norms and every weight equal those of
 one process, with the setting beside it where the default is refused. In the column
-LoRA, adapters are trained beside all linear layers that tp shards; there, at FSDP2 tp 2
-and at AutoTP tp 1, layers are computed again in backward. Anything else is refused in
-the driver, before a worker starts, with the sentence quoted. What is not sharded is
-computed in full on every tp rank. `make test-decoders` writes this table.
+LoRA, adapters are trained beside all linear layers that tp shards. In that column and
+in those of FSDP2 tp 2 and AutoTP tp 1, layers are recomputed in backward. Anything else
+is refused in the driver, before a worker starts, with the sentence quoted. What is not
+sharded is computed in full on every tp rank. `make test-decoders` writes this table.
 
 """
 

@@ -42,10 +42,10 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_recomputed(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse, in the driver, to recompute layers of which transformers cannot.
+    """Refuse, in the driver, a model whose layers transformers cannot recompute.
 
     Raises:
-        ConfigError: the model does not support it.
+        ConfigError: ``activation_checkpointing`` is not "none".
     """
     chosen = config.activation_checkpointing
     if chosen != "none" and not model.supports_gradient_checkpointing:
